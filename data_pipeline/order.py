@@ -1,0 +1,97 @@
+"""Which samples come when: pure functions of (seed, epoch, step), numpy only.
+
+The training stream is endless. Position p (0, 1, 2, …) is place ``p % N`` of epoch ``p // N``, so every sample comes
+exactly once an epoch, nothing is dropped, and a global batch may straddle two epochs. Nothing here knows how many
+workers read, and the ranks only decide who computes which chunk of a global batch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Hash integers and strings into one 63-bit seed, the same on every machine, Python and process.
+
+    `derive_seed(seed, epoch, sample_id)` seeds a sample's augmentation, `derive_seed(seed, step, chunk)` a chunk's mixup.
+    """
+    text = "\x1f".join(f"{'i' if isinstance(part, int) else 's'}{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
+    """Return one epoch's permutation of the sample ids 0 … N-1 (int64, shape (N,)).
+
+    Shards are permuted, then the samples inside each group of `window` shards: a pool of `window` shards' samples is
+    shuffled fully while no more than `window` shards are open. Ids count through the shards in their given order.
+    The keys are raw output of the counter-based Philox generator and the sort is stable, because numpy promises stable
+    streams for bit generators only, not for `Generator.permutation`. Raises ValueError if `window` is below 1.
+    """
+    if window < 1:
+        raise ValueError(f"data.shuffle_window is {window}; it counts shards shuffled together and must be at least 1.")
+    sizes = np.asarray(shard_sizes, dtype=np.int64)
+    first_ids = np.concatenate([[0], np.cumsum(sizes)])
+    bits = np.random.Philox(key=derive_seed(seed, epoch, "epoch order"))
+    shards = np.argsort(bits.random_raw(len(sizes)), kind="stable")
+    order = np.empty(int(first_ids[-1]), dtype=np.int64)
+    start = 0
+    for group in range(0, len(shards), window):
+        chosen = shards[group : group + window]
+        ids = np.concatenate([np.arange(first_ids[s], first_ids[s + 1], dtype=np.int64) for s in chosen])
+        order[start : start + len(ids)] = ids[np.argsort(bits.random_raw(len(ids)), kind="stable")]
+        start += len(ids)
+    return order
+
+
+def chunk_positions(
+    step: int,
+    accumulation_index: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    accumulation_steps: int,
+) -> range:
+    """Return the stream positions that `rank` computes as its `accumulation_index`-th micro batch of global step `step`.
+
+    The global batch of step t is positions [t·G, (t+1)·G), G = micro_batch_size · accumulation_steps · world_size, cut into
+    chunks of `micro_batch_size`; the chunk's number is `accumulation_index * world_size + rank`. With a constant micro
+    batch the chunks are therefore the same for every world size.
+    """
+    assert 0 <= rank < world_size, (rank, world_size)
+    assert 0 <= accumulation_index < accumulation_steps, (accumulation_index, accumulation_steps)
+    global_batch_size = micro_batch_size * accumulation_steps * world_size
+    first = step * global_batch_size + (accumulation_index * world_size + rank) * micro_batch_size
+    return range(first, first + micro_batch_size)
+
+
+class Stream:
+    """The endless stream of one training set: position → (epoch, place in the epoch, sample id).
+
+    Keeps the orders of the last two epochs only, because a global batch rarely straddles more.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, seed: int, window: int) -> None:
+        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        if self.num_samples == 0:
+            raise ValueError("The training shards hold no sample; there is nothing to train on.")
+        self.seed = seed
+        self.window = window
+        self._orders: dict[int, np.ndarray] = {}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return `epoch`'s permutation, computed on first use."""
+        if epoch not in self._orders:
+            kept = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders = kept | {epoch: epoch_order(self.shard_sizes, self.seed, epoch, self.window)}
+        return self._orders[epoch]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return (epoch, sample id) of a stream position."""
+        epoch, place = divmod(position, self.num_samples)
+        return epoch, int(self.order(epoch)[place])
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the orders behind: a worker needs them only when it meets an undecodable sample."""
+        return {**self.__dict__, "_orders": {}}
