@@ -1,0 +1,204 @@
+"""Read weights into a model: published or our own, from a file or a state dict, never running code from the file."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mvit.model.backbone import MViT
+from mvit.model.convert import fit_tensor, import_names
+
+_WRAPPERS = ("model_state", "state_dict", "model", "module")  # keys under which training code keeps the weights
+_PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+_MAX_LISTED = 40
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor of a checkpoint and every parameter of the model."""
+
+    naming: str
+    """Whose parameter names the checkpoint has: "official" (also our own), "timm" or "torchvision"."""
+    loaded: tuple[str, ...]
+    """Our names of all parameters that were set, the resized ones included."""
+    resized: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    """(name, old shape, new shape) of the position tables that were interpolated."""
+    missing: tuple[str, ...]
+    """Parameters of the model that were not in the checkpoint: the new head, if one was allowed, else none."""
+    unexpected: tuple[str, ...]
+    """Tensors of the checkpoint that were not used: its head, if a new one was allowed, else none."""
+
+    def summary(self) -> str:
+        """Return a few lines for a log."""
+        lines = [f"loaded {len(self.loaded)} tensors ({self.naming} names)"]
+        if self.resized:
+            lines.append(f"{len(self.resized)} position tables interpolated to another input size:")
+            lines += [f"  {name}: {list(old)} -> {list(new)}" for name, old, new in self.resized]
+        if self.missing:
+            lines.append(f"the head starts anew: {', '.join(self.missing)}")
+        return "\n".join(lines)
+
+
+def load_weights(model: MViT, source: str | Path | Mapping[str, Tensor], *, allow_new_head: bool = False) -> LoadReport:
+    """Set the parameters of `model` from a file or a state dict in any published naming, which is detected.
+
+    Position tables of another input size are interpolated and reported. `allow_new_head` starts a fresh classifier
+    where the checkpoint has none or one for another number of classes. The model is changed only if all fits.
+
+    Raises ValueError naming the keys and shapes of whatever cannot be explained.
+    """
+    label = "the given state dict" if isinstance(source, Mapping) else str(source)
+    state = _state_dict(source if isinstance(source, Mapping) else read_checkpoint(source), label)
+    naming, state = import_names(state)
+    wanted = model.state_dict()
+    if any(tensor.is_meta for tensor in wanted.values()):
+        raise ValueError("the model is on the meta device; give it memory first: model.to_empty(device='cpu')")
+
+    fitted: dict[str, Tensor] = {}
+    resized: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for name in wanted.keys() & state.keys():
+        shape = tuple(wanted[name].shape)
+        fit = fit_tensor(name, state[name], shape, model.grid, model.class_tokens)
+        if fit is None:
+            wrong[name] = (tuple(state[name].shape), shape)
+            continue
+        fitted[name], interpolated = fit
+        if interpolated:
+            resized.append((name, tuple(state[name].shape), shape))
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+
+    head = [name for name in wanted if name.startswith("head.") and name not in fitted]
+    unused_head: list[str] = []
+    if head and allow_new_head:
+        head = [name for name in wanted if name.startswith("head.")]  # weight and bias together
+        unused_head = [name for name in state if name.startswith("head.")]
+        missing = [name for name in missing if name not in head]
+        wrong = {name: shapes for name, shapes in wrong.items() if name not in head}
+    if missing or unexpected or wrong:
+        raise ValueError(_explain(label, naming, model, state, wanted, missing, unexpected, wrong))
+    if head:
+        model.head.projection.reset_parameters()
+        fitted = {name: tensor for name, tensor in fitted.items() if name not in head}
+    model.load_state_dict(fitted, strict=False)  # strictness was enforced above, the new head excepted
+    return LoadReport(
+        naming, tuple(n for n in wanted if n in fitted), tuple(sorted(resized)), tuple(head), tuple(unused_head)
+    )
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, object]:
+    """Read a .safetensors file, or a torch file without executing anything in it.
+
+    Raises ValueError if the file is not there, is damaged, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"weights {path}: not a readable safetensors file ({error})") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights {path}: refused, because it is not a torch file of tensors and plain values alone. Loading it "
+            "could run code. If you trust its origin, re-save only its state dict, for instance as safetensors. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"weights {path}: damaged or not a torch file ({error})") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"weights {path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def _state_dict(content: Mapping[str, object], label: str) -> dict[str, Tensor]:
+    """Take the tensors out of a checkpoint's wrapping and their names out of a wrapper's prefix."""
+    for key in _WRAPPERS:
+        inner = content.get(key)
+        if isinstance(inner, Mapping):
+            content = inner
+            break
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{label}: entry {name!r} is a {type(value).__name__}, not a tensor; expected a state dict, or one "
+                f"under the key {' or '.join(repr(key) for key in _WRAPPERS)}"
+            )
+        state[str(name)] = value
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _explain(
+    label: str,
+    naming: str,
+    model: MViT,
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    missing: list[str],
+    unexpected: list[str],
+    wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> str:
+    """Say which tensors do not fit, and which option would make them fit where that can be told."""
+    lines = [f"{label} ({naming} names) does not fit {model.variant or 'the model'}, which was left unchanged."]
+    if wrong:
+        rows = [f"{name}: {list(have)}, the model has {list(want)}" for name, (have, want) in sorted(wrong.items())]
+        lines += ["Wrong shapes:", *_listed(rows)]
+    if missing:
+        lines += ["Missing:", *_listed([f"{name} {list(wanted[name].shape)}" for name in missing])]
+    if unexpected:
+        lines += ["Unexpected:", *_listed([f"{name} {list(state[name].shape)}" for name in unexpected])]
+    return "\n".join(lines + _hints(model, state, missing, unexpected, wrong))
+
+
+def _listed(rows: list[str]) -> list[str]:
+    more = [f"… and {len(rows) - _MAX_LISTED} more"] if len(rows) > _MAX_LISTED else []
+    return [f"  {row}" for row in rows[:_MAX_LISTED] + more]
+
+
+def _hints(
+    model: MViT,
+    state: Mapping[str, Tensor],
+    missing: list[str],
+    unexpected: list[str],
+    wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> list[str]:
+    """Name the option of `create_model` that explains a misfit."""
+    hints: list[str] = []
+    have, want = wrong.get("head.projection.weight", ((0, 0), (0, 0)))
+    if have[-1] == want[-1] and have != want:
+        hints.append(
+            f"The head is for {have[0]} classes, the model for {want[0]}: give num_classes={have[0]}, or "
+            "allow_new_head=True to start a new head."
+        )
+    elif "head.projection.weight" in missing:
+        hints.append("The weights have no head: give allow_new_head=True to start a new one.")
+    if "cls_token" in unexpected + missing:
+        hints.append(f"Build the model with class_token={'cls_token' in unexpected}.")
+    if any(name.startswith("pos_embed") for name in unexpected + missing):
+        hints.append("The absolute positions differ: see absolute_positions.")
+    if any(".rel_pos_" in name for name in unexpected + missing):
+        hints.append("The relative positions differ: see relative_positions, and input_size for images or clips.")
+    if any(name.endswith(".qkv.bias") for name in unexpected + missing):
+        hints.append(f"Build the model with qkv_bias={any(n.endswith('.qkv.bias') for n in unexpected)}.")
+    grown = [name for name in (*unexpected, *missing) if name.count(".") == 3 and ".proj." in name]
+    if grown and "patch_embed.proj.weight" not in wrong:
+        other = "mlp" if model.expand == "attention" else "attention"
+        hints.append(f'The channels may grow elsewhere: try expand="{other}".')
+    patch = wrong.get("patch_embed.proj.weight")
+    if patch and len(patch[0]) != len(patch[1]):
+        kinds = {4: "images, input_size=(H, W)", 5: "clips, input_size=(T, H, W)"}
+        hints.append(f"The weights are for {kinds.get(len(patch[0]), '?')}; the model is for {kinds[len(patch[1])]}.")
+    return hints
