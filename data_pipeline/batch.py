@@ -10,9 +10,9 @@ from torch import Tensor
 class ImageBatch:
     """A batch of B images of one size, still uint8: normalising, erasing and mixing happen on the device.
 
-    Shapes: images (B, 3, H, W) uint8 with channels-last strides; labels (B,) int64; weights (B,) float32, 0 marks padding
-    in evaluation; sample_ids (B,) int64 indices in the shard set, -1 for padding; keys: one "shard.tar/sample" per image,
-    for error messages.
+    Shapes: images (B, 3, H, W) uint8 with channels-last strides; labels (B,) int64; weights (B,) float32, 0
+    marks padding in evaluation; sample_ids (B,) int64 indices in the shard set, -1 for padding; keys: one
+    "shard.tar/sample" per image, for error messages.
     """
 
     images: Tensor

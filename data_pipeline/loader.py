@@ -4,24 +4,29 @@ Workers are stateless: the parent tells them which sample ids to read, so the wh
 global steps done, and neither the number of workers nor their prefetching can change what a step sees.
 """
 
-import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.batch import ImageBatch
-from data_pipeline.decode import DecodeError
-from data_pipeline.order import Stream, chunk_positions, derive_seed
+from data_pipeline.order import Stream, chunk_positions
+from data_pipeline.reads import (
+    BadSamples,
+    Collate,
+    CollateWithBad,
+    EvaluationReads,
+    Loaded,
+    TrainingReads,
+    Transform,
+)
 from data_pipeline.settings import Settings
 from data_pipeline.shards import ShardSet
 from data_pipeline.workers import preload_workers, signals_held, start_worker
-
-logger = logging.getLogger(__name__)
 
 
 class DataConfig(Settings):
@@ -45,101 +50,6 @@ class DataConfig(Settings):
     """Page-locked host batches, so that copies to a GPU overlap with computing; ignored without a GPU."""
 
 
-class BadSample(NamedTuple):
-    """An undecodable sample met while reading."""
-
-    sample_id: int
-    key: str
-    reason: str
-
-
-class BadSampleError(ValueError):
-    """More undecodable samples than `data.max_bad_samples` allows."""
-
-
-class Item(NamedTuple):
-    """One transformed example on its way into a batch; padding has sample_id -1 and weight 0."""
-
-    example: Any
-    sample_id: int
-    key: str
-    weight: float
-
-
-class Loaded(NamedTuple):
-    """What a worker hands over: a batch, and the undecodable samples met while making it."""
-
-    batch: Any
-    bad: tuple[BadSample, ...]
-
-
-class Transform(Protocol):
-    """A picklable, pure function from a sample's members and a seed to one example; DecodeError marks a bad sample."""
-
-    def __call__(self, members: dict[str, bytes], seed: int) -> Any: ...
-
-    def padding(self) -> Any:
-        """Return an example of the right shape that stands for no sample."""
-        ...
-
-
-Collate = Callable[[Sequence[Item]], Any]
-
-
-class _TrainingReads(Dataset):
-    """Reads the samples of one chunk; replaces undecodable ones by the next readable sample of the epoch's order."""
-
-    def __init__(self, shards: ShardSet, transform: Transform, stream: Stream, seed: int) -> None:
-        self.shards, self.transform, self.stream, self.seed = shards, transform, stream, seed
-
-    def __getitems__(self, draws: list[tuple[int, int, int]]) -> tuple[list[Item], list[BadSample]]:
-        bad: list[BadSample] = []
-        return [self._read(*draw, bad) for draw in draws], bad
-
-    def _read(self, position: int, epoch: int, sample_id: int, bad: list[BadSample]) -> Item:
-        chosen, seed = sample_id, derive_seed(self.seed, epoch, sample_id)
-        for tries in range(1, self.stream.num_samples + 1):
-            try:
-                return Item(self.transform(self.shards.read(chosen), seed), chosen, self.shards.key(chosen), 1.0)
-            except DecodeError as error:
-                bad.append(BadSample(chosen, self.shards.key(chosen), str(error)))
-            # The replacement keeps the bad sample's seed: elsewhere in the epoch it is augmented with its own.
-            place = (position + tries) % self.stream.num_samples
-            chosen = int(self.stream.order(epoch)[place])
-        raise BadSampleError(f"None of the {self.stream.num_samples} training samples can be decoded; last: {bad[-1]}.")
-
-
-class _EvaluationReads(Dataset):
-    """Reads samples in order; padding (-1) and undecodable samples become examples of weight 0."""
-
-    def __init__(self, shards: ShardSet, transform: Transform) -> None:
-        self.shards, self.transform = shards, transform
-
-    def __getitems__(self, ids: list[int]) -> tuple[list[Item], list[BadSample]]:
-        bad: list[BadSample] = []
-        return [self._read(sample_id, bad) for sample_id in ids], bad
-
-    def _read(self, sample_id: int, bad: list[BadSample]) -> Item:
-        if sample_id >= 0:
-            try:
-                example = self.transform(self.shards.read(sample_id), 0)
-                return Item(example, sample_id, self.shards.key(sample_id), 1.0)
-            except DecodeError as error:
-                bad.append(BadSample(sample_id, self.shards.key(sample_id), str(error)))
-        return Item(self.transform.padding(), -1, "padding", 0.0)
-
-
-class _CollateWithBad:
-    """Picklable collate of (items, bad samples) into `Loaded`."""
-
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
-
-    def __call__(self, read: tuple[list[Item], list[BadSample]]) -> Loaded:
-        items, bad = read
-        return Loaded(self.collate(items), tuple(bad))
-
-
 def _make_loader(
     reads: Dataset, batches: Any, collate: Collate, config: DataConfig, persistent_workers: bool
 ) -> DataLoader:
@@ -151,7 +61,7 @@ def _make_loader(
         reads,
         batch_sampler=batches,
         num_workers=config.num_workers,
-        collate_fn=_CollateWithBad(collate),
+        collate_fn=CollateWithBad(collate),
         pin_memory=config.pin_memory and torch.cuda.is_available(),
         worker_init_fn=start_worker if workers else None,
         # fork would copy CUDA, NCCL and signal handlers into the workers; spawn would import torch in each of them.
@@ -160,27 +70,6 @@ def _make_loader(
         persistent_workers=persistent_workers and workers,
         generator=torch.Generator(),  # otherwise starting a loader draws from the global generator
     )
-
-
-class _BadSamples:
-    """Counts distinct undecodable samples of this rank, logs each once, and stops beyond the limit."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.seen: dict[int, BadSample] = {}
-
-    def add(self, bad: Sequence[BadSample]) -> None:
-        for sample in bad:
-            if sample.sample_id in self.seen:
-                continue
-            self.seen[sample.sample_id] = sample
-            logger.warning("Undecodable sample %s: %s", sample.key, sample.reason)
-            if len(self.seen) > self.limit:
-                raise BadSampleError(
-                    f"{len(self.seen)} undecodable sample(s) on this rank, data.max_bad_samples allows {self.limit}: "
-                    f"{sample.key}: {sample.reason}. Run `mvit data check` on the shards and pack them again without "
-                    f"it, or raise data.max_bad_samples to go on without such samples."
-                )
 
 
 class _ChunkSampler:
@@ -194,7 +83,12 @@ class _ChunkSampler:
         for step in count(self.first_step):
             for accumulation_index in range(ours.accumulation_steps):
                 positions = chunk_positions(
-                    step, accumulation_index, ours.rank, ours.world_size, ours.micro_batch_size, ours.accumulation_steps
+                    step,
+                    accumulation_index,
+                    ours.rank,
+                    ours.world_size,
+                    ours.micro_batch_size,
+                    ours.accumulation_steps,
                 )
                 yield [(position, *ours.stream.locate(position)) for position in positions]
 
@@ -202,7 +96,8 @@ class _ChunkSampler:
 class TrainLoader:
     """The endless training stream of one rank.
 
-    Raises ValueError when the shards are empty or `global_batch_size` is not a multiple of micro_batch_size * world_size.
+    Raises ValueError if the shards are empty, or `global_batch_size` is not a multiple of
+    micro_batch_size * world_size.
     """
 
     def __init__(
@@ -228,9 +123,9 @@ class TrainLoader:
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
         self.rank, self.world_size = rank, world_size
         self.stream = Stream(shards.shard_sizes, seed, config.shuffle_window)
-        self._reads = _TrainingReads(shards, transform, self.stream, seed)
+        self._reads = TrainingReads(shards, transform, self.stream, seed)
         self._collate = collate
-        self._bad = _BadSamples(config.max_bad_samples)
+        self._bad = BadSamples(config.max_bad_samples)
         self._running: Generator[ImageBatch, None, None] | None = None
 
     @property
@@ -239,7 +134,7 @@ class TrainLoader:
         return len(self._bad.seen)
 
     def start(self, step: int = 0) -> Iterator[ImageBatch]:
-        """Return the endless batches of this rank; the first is accumulation 0 of global step `step` (0 = the first step).
+        """Return this rank's endless batches; the first is accumulation 0 of global step `step` (0, 1, …).
 
         Stops the workers of an earlier `start`. Iterating raises BadSampleError beyond `data.max_bad_samples`.
         """
@@ -264,7 +159,7 @@ class TrainLoader:
             self._running = None
 
     def state_dict(self, step: int) -> dict[str, int | str]:
-        """Return what identifies the stream after `step` finished global steps: a few numbers, the same on every rank."""
+        """Return what identifies the stream after `step` finished steps: a few numbers, the same on every rank."""
         return {
             "step": step,
             "samples_seen": step * self.global_batch_size,
@@ -276,14 +171,18 @@ class TrainLoader:
         }
 
     def check_state(self, state: Mapping[str, int | str]) -> None:
-        """Raise ValueError unless `start(state["step"])` would continue exactly the stream that `state` was taken from."""
+        """Raise ValueError unless `start(state["step"])` continues exactly the stream `state` was taken from."""
         ours = self.state_dict(int(state.get("step", 0)))
         differing = [
-            f"{name} was {state.get(name, 'not saved')}, is {ours[name]}" for name in ours if state.get(name) != ours[name]
+            f"{name} was {state.get(name, 'not saved')}, is {ours[name]}"
+            for name in ours
+            if state.get(name) != ours[name]
         ]
         if differing:
             raise ValueError(
-                "The saved data cursor belongs to another stream: " + "; ".join(differing) + ". Resume with the data and "
+                "The saved data cursor belongs to another stream: "
+                + "; ".join(differing)
+                + ". Resume with the data and "
                 "settings of the run, or start a new run from its weights."
             )
 
@@ -291,9 +190,9 @@ class TrainLoader:
 class EvaluationLoader:
     """Every sample exactly once over all ranks, in order, in equally many full batches on every rank.
 
-    Batch b of rank r holds samples [(b·world_size + r)·batch_size, …); what is missing at the end is padding with weight 0
-    and id -1. An undecodable sample becomes padding too, is counted in `num_bad`, and raises beyond
-    `data.max_bad_samples`; summed over ranks, weights + num_bad is the size of the set.
+    Batch b of rank r holds samples [(b·world_size + r)·batch_size, …); what is missing at the end is padding
+    with weight 0 and id -1. An undecodable sample becomes padding too, is counted in `num_bad`, and raises
+    beyond `data.max_bad_samples`; summed over ranks, weights + num_bad is the size of the set.
     """
 
     def __init__(
@@ -311,9 +210,9 @@ class EvaluationLoader:
             raise ValueError("The validation shards hold no sample; there is nothing to evaluate.")
         self.shards, self.config, self.batch_size = shards, config, batch_size
         self.rank, self.world_size = rank, world_size
-        self._reads = _EvaluationReads(shards, transform)
+        self._reads = EvaluationReads(shards, transform)
         self._collate = collate
-        self._bad = _BadSamples(config.max_bad_samples)
+        self._bad = BadSamples(config.max_bad_samples)
         self._loader: DataLoader | None = None
 
     def __len__(self) -> int:

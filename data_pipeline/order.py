@@ -14,7 +14,8 @@ import numpy as np
 def derive_seed(*parts: int | str) -> int:
     """Hash integers and strings into one 63-bit seed, the same on every machine, Python and process.
 
-    `derive_seed(seed, epoch, sample_id)` seeds a sample's augmentation, `derive_seed(seed, step, chunk)` a chunk's mixup.
+    `derive_seed(seed, epoch, sample_id)` seeds a sample's augmentation, `derive_seed(seed, step, chunk)` a
+    chunk's mixup.
     """
     text = "\x1f".join(f"{'i' if isinstance(part, int) else 's'}{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
@@ -38,7 +39,7 @@ def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, 
     start = 0
     for group in range(0, len(shards), window):
         chosen = shards[group : group + window]
-        ids = np.concatenate([np.arange(first_ids[s], first_ids[s + 1], dtype=np.int64) for s in chosen])
+        ids = np.concatenate([np.arange(*first_ids[s : s + 2].tolist(), dtype=np.int64) for s in chosen.tolist()])
         order[start : start + len(ids)] = ids[np.argsort(bits.random_raw(len(ids)), kind="stable")]
         start += len(ids)
     return order
@@ -52,11 +53,11 @@ def chunk_positions(
     micro_batch_size: int,
     accumulation_steps: int,
 ) -> range:
-    """Return the stream positions that `rank` computes as its `accumulation_index`-th micro batch of global step `step`.
+    """Return the stream positions of `rank`'s micro batch number `accumulation_index` in global step `step`.
 
-    The global batch of step t is positions [t·G, (t+1)·G), G = micro_batch_size · accumulation_steps · world_size, cut into
-    chunks of `micro_batch_size`; the chunk's number is `accumulation_index * world_size + rank`. With a constant micro
-    batch the chunks are therefore the same for every world size.
+    The global batch of step t is positions [t·G, (t+1)·G), G = micro_batch_size · accumulation_steps ·
+    world_size, cut into chunks of `micro_batch_size`; the chunk's number is `accumulation_index * world_size +
+    rank`. With a constant micro batch the chunks are therefore the same for every world size.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     assert 0 <= accumulation_index < accumulation_steps, (accumulation_index, accumulation_steps)

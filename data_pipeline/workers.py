@@ -42,9 +42,9 @@ def signals_held() -> Iterator[None]:
 
 
 def preload_workers() -> None:
-    """Let the fork server import, once, what this process has loaded of the package; workers then start in milliseconds.
+    """Let the fork server import once what this process has loaded of the package.
 
-    Without it each worker imports torch (and timm) by itself, which takes CPU-seconds per worker. No effect on a fork
+    Workers then start in milliseconds. Without it each worker imports torch (and timm) by itself, which takes CPU-seconds per worker. No effect on a fork
     server that already runs.
     """
     ours = sorted(name for name in sys.modules if name.startswith("data_pipeline."))
