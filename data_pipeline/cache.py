@@ -30,8 +30,8 @@ def fetch(url: str, cache_dir: Path | None, open_url: Callable[[str], IO[bytes]]
         raise ShardError(
             f"Shard {url} is remote and needs a node-local copy: set data.cache_dir to a folder on a local disk."
         )
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    place = cache_dir / _name(url)
+    place = _place(url, cache_dir)
+    place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists():
         return str(place)
     with open(f"{place}.lock", "w") as lock:
@@ -60,8 +60,8 @@ def _copy(url: str, partial: Path, open_url: Callable[[str], IO[bytes]]) -> None
         raise ShardError(f"What came from {url} is no whole tar: {error}") from error
 
 
-def _name(url: str) -> str:
-    """Return a readable, unique file name for a URL or command."""
+def _place(url: str, cache_dir: Path) -> Path:
+    """Return a folder of its own for each URL or command, and in it the shard's own name: fingerprints contain it."""
     found = re.findall(r"[\w.-]+\.tar\b", url)
-    base = os.path.basename(found[-1]) if found else "shard.tar"
-    return f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{base}"
+    name = found[-1] if found else "shard.tar"
+    return cache_dir / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / name

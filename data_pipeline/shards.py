@@ -256,7 +256,8 @@ def _check_manifest_entry(path: str, head: IndexHead, entry: dict[str, Any]) -> 
     if (head.num_samples, head.tar_bytes) != (entry["samples"], entry["bytes"]):
         raise ShardError(
             f"Shard {path} has {head.num_samples} samples in {head.tar_bytes} bytes, the manifest says "
-            f"{entry['samples']} in {entry['bytes']}: it was replaced or copied incompletely. Copy it again; `mvit data check` compares all."
+            f"{entry['samples']} in {entry['bytes']}: it was replaced or copied incompletely. "
+            "Copy it again; `mvit data check` compares all."
         )
 
 

@@ -44,8 +44,8 @@ def signals_held() -> Iterator[None]:
 def preload_workers() -> None:
     """Let the fork server import once what this process has loaded of the package.
 
-    Workers then start in milliseconds. Without it each worker imports torch (and timm) by itself, which takes CPU-seconds per worker. No effect on a fork
-    server that already runs.
+    Workers then start in milliseconds. Without it each worker imports torch (and timm) by itself, which takes
+    CPU-seconds per worker. No effect on a fork server that already runs.
     """
     ours = sorted(name for name in sys.modules if name.startswith("data_pipeline."))
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *ours])

@@ -1,0 +1,39 @@
+"""RandAugment on PIL pictures: timm's implementation, made a pure function of (picture, seed).
+
+PIL's operations cost a third of torchvision's tensor operations on one core, so this runs in the workers. The module
+imports timm, which takes seconds; only training transforms import it.
+"""
+
+from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
+
+from data_pipeline.seeding import seeded_python
+
+
+class RandAugment:
+    """Apply timm's RandAugment as the published training does.
+
+    `policy` is timm's string, e.g. "rand-m9-n6-mstd0.5-inc1": 6 of 15 operations, each applied with probability 0.5.
+    Holes are filled with the mean colour; translations reach 0.45 of the short side. Raises ValueError for a policy
+    that timm does not know.
+    """
+
+    def __init__(
+        self, policy: str, size: tuple[int, int], mean: tuple[float, float, float], resample: Image.Resampling
+    ) -> None:
+        hparams = {
+            "translate_const": int(0.45 * min(size)),
+            "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
+            "interpolation": resample,
+        }
+        try:
+            self._augment = rand_augment_transform(policy, hparams)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"rand_augment {policy!r} is no policy timm knows ({error}); "
+                "e.g. rand-m9-n6-mstd0.5-inc1, or null for none."
+            ) from error
+
+    def __call__(self, image: Image.Image, seed: int) -> Image.Image:
+        with seeded_python(seed):  # timm draws from the global generators of random and numpy
+            return self._augment(image)

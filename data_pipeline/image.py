@@ -1,0 +1,214 @@
+"""Images for classification: the published augmentation, the published evaluation crop, and batches of uint8.
+
+Only what needs the single picture happens here, in the workers. Normalising, erasing and mixing happen on the device
+(mixup.py), so that a batch travels as bytes.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+
+from data_pipeline.batch import ImageBatch
+from data_pipeline.decode import class_label, decode_pil, decode_rgb, decode_rgb_fast, jpeg_size, picture
+from data_pipeline.order import derive_seed
+from data_pipeline.reads import Item
+from data_pipeline.settings import Settings
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_ENLARGING = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
+
+
+class ImageConfig(Settings):
+    """Augmentation and evaluation of still pictures; the defaults are MViTv2's for ImageNet-1K (appendix B.2)."""
+
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width of what the model sees."""
+    decoder: Literal["fast", "pil"] = "fast"
+    """Training only: "fast" reads JPEGs with a quick inverse DCT and shrinks by area; "pil" is timm's way, at half the
+    speed. Evaluation gives PIL's pixels either way."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Resampling in evaluation, RandAugment and, in training, where a crop is enlarged."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means (RGB, 0 to 1) that are subtracted; ImageNet's."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel deviations that are divided by; ImageNet's."""
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Training crop: range of its area, as a part of the picture's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Training crop: range of its width / height."""
+    hflip_prob: float = Field(default=0.5, ge=0, le=1)
+    """Probability of mirroring left to right; 0 for pictures with a reading direction, such as digits."""
+    rand_augment: str | None = "rand-m9-n6-mstd0.5-inc1"
+    """timm's RandAugment policy; None for none."""
+    random_erasing_prob: float = Field(default=0.25, ge=0, le=1)
+    """Probability of filling a rectangle (area 2 % to 1/3, aspect 0.3 to 3.3) with noise."""
+    mixup_alpha: float = Field(default=0.8, ge=0)
+    """Beta parameter of mixup; 0 turns it off."""
+    cutmix_alpha: float = Field(default=1.0, ge=0)
+    """Beta parameter of cutmix; 0 turns it off."""
+    mix_prob: float = Field(default=1.0, ge=0, le=1)
+    """Probability that a micro batch is mixed at all."""
+    mix_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    """Probability of cutmix rather than mixup where both are on."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Part of the target spread over all classes; also without mixing."""
+
+    crop_pct: float = Field(default=0.875, gt=0, le=1)
+    """Evaluation: the short side is resized to image_size / crop_pct, then the centre is cut out."""
+    full_resize: bool = False
+    """Evaluation: resize the whole picture to image_size instead, whatever its shape."""
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> "ImageConfig":
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size {self.image_size} must be two positive numbers (height, width)")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale {self.crop_scale} must rise within 0 (excluded) to 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio {self.crop_ratio} must rise and be positive")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} must be positive")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether micro batches are mixed."""
+        return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+
+class ImageTransform:
+    """Turn a sample's members into (uint8 picture (H, W, 3), class label); a pure function of (members, seed).
+
+    `train`: random crop, flip and RandAugment drawn from the seed; otherwise timm's evaluation, pixel for pixel, and
+    the seed is ignored. Raises DecodeError for a sample without a readable picture or label.
+    """
+
+    def __init__(self, config: ImageConfig, train: bool) -> None:
+        self.config, self.train = config, train
+        self._rand_augment = None
+        if train and config.rand_augment is not None:
+            from data_pipeline.augment import RandAugment
+
+            resample = _RESAMPLING[config.interpolation]
+            self._rand_augment = RandAugment(config.rand_augment, config.image_size, config.mean, resample)
+
+    def __call__(self, members: dict[str, bytes], seed: int) -> tuple[np.ndarray, int]:
+        label = class_label(members)
+        data = picture(members)
+        return (self._augmented(data, seed) if self.train else _evaluated(data, self.config)), label
+
+    def padding(self) -> tuple[np.ndarray, int]:
+        """Return the example that fills up an evaluation batch."""
+        return np.zeros((*self.config.image_size, 3), np.uint8), 0
+
+    def _augmented(self, data: bytes, seed: int) -> np.ndarray:
+        draws = random.Random(seed)
+        if self.config.decoder == "pil":
+            pixels = _random_crop_pil(data, self.config, draws)
+        else:
+            pixels = _random_crop_fast(data, self.config, draws)
+        if draws.random() < self.config.hflip_prob:
+            pixels = pixels[:, ::-1]
+        pixels = np.ascontiguousarray(pixels)
+        if self._rand_augment is not None:
+            augmented = self._rand_augment(Image.fromarray(pixels), derive_seed(seed, "rand_augment"))
+            pixels = np.asarray(augmented)
+        return pixels
+
+
+def collate_images(items: Sequence[Item]) -> ImageBatch:
+    """Stack (picture, label) examples into an `ImageBatch`."""
+    pixels = torch.from_numpy(np.stack([item.example[0] for item in items]))
+    return ImageBatch(
+        images=pixels.permute(0, 3, 1, 2),  # (B, H, W, 3) in memory: channels-last for free
+        labels=torch.tensor([item.example[1] for item in items], dtype=torch.int64),
+        weights=torch.tensor([item.weight for item in items], dtype=torch.float32),
+        sample_ids=torch.tensor([item.sample_id for item in items], dtype=torch.int64),
+        keys=tuple(item.key for item in items),
+    )
+
+
+def random_crop_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: random.Random
+) -> tuple[int, int, int, int]:
+    """Draw a crop (top, left, height, width) of random area and aspect, as torchvision's RandomResizedCrop does.
+
+    After ten draws that do not fit, the largest central crop whose aspect is within `ratio`.
+    """
+    for _ in range(10):
+        area = height * width * draws.uniform(*scale)
+        aspect = math.exp(draws.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = draws.randint(0, height - crop_height), draws.randint(0, width - crop_width)
+            return top, left, crop_height, crop_width
+    crop_height, crop_width = height, width
+    if width / height < ratio[0]:
+        crop_height = min(height, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        crop_width = min(width, round(height * ratio[1]))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def _random_crop_fast(data: bytes, config: ImageConfig, draws: random.Random) -> np.ndarray:
+    """Crop and resize with the fast codec; large JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop allows."""
+    size = jpeg_size(data)
+    pixels = decode_rgb(data) if size is None else None
+    height, width = pixels.shape[:2] if pixels is not None else size or (0, 0)
+    top, left, crop_height, crop_width = random_crop_box(height, width, config.crop_scale, config.crop_ratio, draws)
+    target_height, target_width = config.image_size
+    if pixels is None:
+        pixels = decode_rgb_fast(data, (height * target_height / crop_height, width * target_width / crop_width))
+        y, x = pixels.shape[0] / height, pixels.shape[1] / width
+        top, left = round(top * y), round(left * x)
+        crop_height, crop_width = max(1, round(crop_height * y)), max(1, round(crop_width * x))
+    return _resize(pixels[top : top + crop_height, left : left + crop_width], config)
+
+
+def _resize(pixels: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """Resize to image_size: shrinking averages areas (other cv2 modes alias), enlarging interpolates."""
+    height, width = config.image_size
+    shrunk = min(height, pixels.shape[0]), min(width, pixels.shape[1])
+    if shrunk != pixels.shape[:2]:
+        pixels = cv2.resize(pixels, (shrunk[1], shrunk[0]), interpolation=cv2.INTER_AREA)
+    if shrunk != (height, width):
+        pixels = cv2.resize(pixels, (width, height), interpolation=_ENLARGING[config.interpolation])
+    return pixels
+
+
+def _random_crop_pil(data: bytes, config: ImageConfig, draws: random.Random) -> np.ndarray:
+    """Crop and resize as torchvision and timm do on PIL pictures."""
+    image = decode_pil(data)
+    top, left, height, width = random_crop_box(image.height, image.width, config.crop_scale, config.crop_ratio, draws)
+    crop = image.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((config.image_size[1], config.image_size[0]), _RESAMPLING[config.interpolation]))
+
+
+def _evaluated(data: bytes, config: ImageConfig) -> np.ndarray:
+    """Resize and cut out the centre; equal to timm's evaluation transform, whose rounding it follows."""
+    image = Image.fromarray(decode_rgb(data))
+    resample = _RESAMPLING[config.interpolation]
+    height, width = config.image_size
+    if config.full_resize:
+        return np.asarray(image.resize((width, height), resample))
+    short = math.floor(height / config.crop_pct), math.floor(width / config.crop_pct)
+    if short[0] == short[1]:
+        # torchvision truncates the long side, timm's ResizeKeepRatio (for non-square sizes) rounds both
+        if image.width <= image.height:
+            size = short[0], int(short[0] * image.height / image.width)
+        else:
+            size = int(short[0] * image.width / image.height), short[0]
+    else:
+        factor = min(image.height / short[0], image.width / short[1])
+        size = round(image.width / factor), round(image.height / factor)
+    image = image.resize(size, resample)
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return np.asarray(image.crop((left, top, left + width, top + height)))
