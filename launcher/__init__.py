@@ -1,0 +1,1 @@
+"""Where processes run: Slurm, local jobs and the command line; no tensors."""

@@ -1,0 +1,273 @@
+"""RunConfig: the tree of typed configs, loading with clear errors, cross-field checks, derived values."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from data_pipeline.image import ImageConfig
+from data_pipeline.loader import DataConfig
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from data_pipeline.settings import Settings
+from mvit.optim import OptimConfig
+from mvit.schedule import ScheduleConfig
+from mvit.variants import VARIANTS, Variant
+from mvit.zero import Precision, ZeroConfig
+
+StageName = Literal["stage1", "stage2", "stage3", "stage4"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names key, value, rule and the way out."""
+
+
+class ModelConfig(Settings):
+    """Which network is trained; the input size is `image.image_size`."""
+
+    variant: str = "mvitv2_tiny"
+    """A row of the paper's Table 1: mvitv2_tiny, _small, _base, _large or _huge."""
+    num_classes: int = Field(default=1000, gt=0)
+    class_token: bool | None = None
+    """Read out a class token instead of the mean; null as published (images: mean)."""
+    expand: Literal["attention", "mlp"] | None = None
+    """Where channels grow; null as published (large in the MLP, the others in attention)."""
+    drop_path: float | tuple[float, float, float, float] = 0.0
+    """Stochastic depth, linear from 0 to this rate over the blocks, or one rate per stage."""
+    head_dropout: float = Field(default=0.0, ge=0, lt=1)
+    absolute_positions: bool = False
+    relative_positions: bool = True
+    residual_pooling: bool = True
+    weights: str | None = None
+    """Start from these weights (any published naming); tables are resized to the input size."""
+    embed_dim: int | None = Field(default=None, gt=0)
+    """Channels of the first stage instead of the variant's, for small experiments."""
+    depths: tuple[int, int, int, int] | None = None
+    """Blocks per stage instead of the variant's."""
+    num_heads: int | None = Field(default=None, gt=0)
+    """Attention heads of the first stage instead of the variant's."""
+
+    @field_validator("variant")
+    @classmethod
+    def _known_variant(cls, value: str) -> str:
+        if value not in VARIANTS:
+            raise ValueError(f"unknown variant{_did_you_mean(value, VARIANTS)}; variants: {', '.join(VARIANTS)}")
+        return value
+
+    def resolved_variant(self) -> Variant:
+        """Return the table's row with this config's own sizes put in."""
+        from dataclasses import replace
+
+        changes = {key: getattr(self, key) for key in ("embed_dim", "depths", "num_heads")}
+        return replace(VARIANTS[self.variant], **{key: value for key, value in changes.items() if value is not None})
+
+
+class TrainConfig(Settings):
+    """Batch sizes, numerics and what happens how often; all intervals are in steps (optimizer updates)."""
+
+    global_batch_size: int = Field(default=2048, gt=0)
+    """Samples per step over all ranks."""
+    micro_batch_size: int = Field(default=32, gt=0)
+    """Samples one rank computes at once; accumulation makes up the rest of the global batch."""
+    precision: Precision = "bf16"
+    activation_checkpointing: Literal["off", "all"] | tuple[StageName, ...] = "off"
+    """Recompute activations in the backward pass: off, all blocks, or the blocks of the named stages."""
+    compile: Literal["off", "inductor", "aot_eager"] = "off"
+    """Compile the model with torch.compile and this backend."""
+    log_every: int = Field(default=20, gt=0)
+    evaluate_every: int = Field(default=0, ge=0)
+    """0 evaluates at the end only."""
+    evaluation_batch_size: int = Field(default=64, gt=0)
+    """Samples per rank and evaluation step."""
+    save_every: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+    """Newest checkpoints kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of this step are kept for ever; 0 keeps none of them."""
+    log_images: int = Field(default=8, ge=0)
+    """Augmented input images shown in TensorBoard at the first step."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak rate of one device in TFLOP/s for MFU; null takes the data sheet's figure where the device is known."""
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How the global batch is put together from micro-batches."""
+
+    micro_batch_size: int
+    accumulation_steps: int
+    world_size: int
+    global_batch_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.micro_batch_size} samples/micro-batch x {self.accumulation_steps} accumulation steps"
+            f" x {self.world_size} ranks = {self.global_batch_size} samples/step"
+        )
+
+
+class RunConfig(Settings):
+    """One training run; the saved form is itself a valid recipe."""
+
+    name: str = Field(min_length=1)
+    """Names the run folder."""
+    task: Literal["image_classification"] = "image_classification"
+    seed: int = Field(default=0, ge=0)
+    output_dir: str = "runs"
+    """The run folder is created in here."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    image: ImageConfig = ImageConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, value: str) -> str:
+        if value in (".", "..") or "/" in value or "\\" in value:
+            raise ValueError("is used as a folder name and must not contain slashes; put the path into output_dir")
+        return value
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size = {self.train.micro_batch_size}; change one of them"
+            )
+        if self.train.precision == "fp16" and self.zero.stage == 0:
+            raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    def batch_arithmetic(self, world_size: int) -> BatchArithmetic:
+        """Derive the accumulation; raises ConfigError with the arithmetic if the batch does not divide."""
+        total, micro = self.train.global_batch_size, self.train.micro_batch_size
+        if total % (micro * world_size):
+            fits = sorted((d for d in range(1, total // world_size + 1) if total % (d * world_size) == 0), reverse=True)
+            ways = f"train.micro_batch_size one of {fits}" if fits else f"another number of ranks than {world_size}"
+            below, above = total // (micro * world_size) * micro * world_size, -(-total // (micro * world_size))
+            nearest = " or ".join(str(n) for n in (below, above * micro * world_size) if n)
+            raise ConfigError(
+                f"train.global_batch_size = {total} is not micro_batch_size x ranks x a whole number: "
+                f"{micro} x {world_size} = {micro * world_size}, {total} / {micro * world_size} = "
+                f"{total / (micro * world_size):.3f}; choose {ways}, or train.global_batch_size={nearest}"
+            )
+        return BatchArithmetic(micro, total // (micro * world_size), world_size, total)
+
+    def total_steps(self, num_samples: int) -> int:
+        """Return the number of updates in the whole run over a training set of `num_samples`."""
+        steps = int(self.schedule.epochs * num_samples / self.train.global_batch_size)
+        if steps < 1:
+            raise ConfigError(
+                f"schedule.epochs = {self.schedule.epochs:g} over {num_samples} samples is less than one step of "
+                f"train.global_batch_size = {self.train.global_batch_size}; train longer or with a smaller batch"
+            )
+        return steps
+
+    def warmup_steps(self, num_samples: int) -> int:
+        """Return the number of updates before the peak learning rate."""
+        return int(self.schedule.warmup_epochs * num_samples / self.train.global_batch_size)
+
+    def scaled_lr(self, lr: float) -> float:
+        """Scale a rate stated for `optim.lr_batch_size` samples to the global batch (linear rule)."""
+        return lr * self.train.global_batch_size / self.optim.lr_batch_size
+
+    def to_yaml(self) -> str:
+        """Return the resolved config as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a recipe, its `base:` chain first, then `section.key=value` overrides.
+
+    Raises ConfigError naming every wrong key and value at once.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        tree = OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist([_checked(o) for o in overrides]))
+        values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    assert isinstance(values, dict)
+    return parse_config({str(key): value for key, value in values.items()}, source=str(path))
+
+
+def parse_config(values: Mapping[str, Any], source: str = "config") -> RunConfig:
+    """Check a tree of plain values; raises ConfigError naming every wrong key and value at once."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(detail, values) for detail in error.errors()]
+        raise ConfigError(f"{source}: " + "\n  ".join(["cannot be used:", *lines])) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base:` leads back to itself; remove the loop")
+    if not path.is_file():
+        names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such recipe{_did_you_mean(path.name, names)}")
+    try:
+        tree = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections, this is a list or empty")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+
+
+def _checked(override: str) -> str:
+    if "=" not in override:
+        raise ConfigError(f"override {override!r} has no `=`; write section.key=value, such as optim.lr=1e-4")
+    return override
+
+
+def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """List the keys of the section that `location` lies in."""
+    section: type[Settings] = RunConfig
+    for part in location:
+        field = section.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, Settings)):
+            break
+        section = inner
+    return list(section.model_fields)
+
+
+def _explain(detail: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    location = [part for part in detail["loc"] if not (isinstance(part, str) and "[" in part)]
+    key = ".".join(str(part) for part in location)
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        where = ".".join(str(part) for part in location[:-1]) or "the recipe"
+        hint = _did_you_mean(str(location[-1]), known)
+        return f"{key} = {detail['input']!r}: unknown key{hint} (keys of {where}: {', '.join(known)})"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not location or isinstance(detail["input"], Mapping):
+        return f"{key}: {message}" if key else message
+    return f"{key} = {detail['input']!r}: {message[:1].lower() + message[1:]}"
+
+
+assert set(get_args(StageName)) == {f"stage{i}" for i in range(1, 5)}

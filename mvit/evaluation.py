@@ -1,0 +1,122 @@
+"""Exact distributed evaluation: every sample counts once on any number of ranks, and that is proved by counting."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_pipeline.shards import ShardSet, open_shards
+from torch import Tensor
+
+from data_pipeline.loader import EvaluationLoader
+from mvit import distributed
+from mvit.checkpoint import CheckpointError, newest_valid
+from mvit.checkpoint_load import whole_weights
+from mvit.config import ConfigError, RunConfig
+from mvit.distributed import RankInfo, sum_over_ranks
+from mvit.progress import ProgressDisplay
+from mvit.tasks import create_task
+from mvit.tasks.base import Forward, Task
+from mvit.weights import load_weights
+
+
+def open_validation(config: RunConfig) -> ShardSet:
+    """Open the validation shards; raises ConfigError if the recipe names none."""
+    if config.data.validation is None:
+        raise ConfigError("data.validation = None: evaluation needs shards; set it to a packed folder or a pattern")
+    shards = open_shards(config.data.validation, cache_dir=config.data.cache_dir)
+    shards.check_labels(config.model.num_classes)
+    return shards
+
+
+def evaluation_loader(config: RunConfig, task: Task, shards: ShardSet, ranks: RankInfo) -> EvaluationLoader:
+    """Return the loader of one pass over `shards`."""
+    return EvaluationLoader(
+        shards,
+        task.transform(train=False),
+        task.collate,
+        config.data,
+        batch_size=config.train.evaluation_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+@torch.no_grad()
+def run_evaluation(
+    task: Task,
+    forward: Forward,
+    loader: EvaluationLoader,
+    num_samples: int,
+    ranks: RankInfo,
+    dtype: torch.dtype,
+    progress: ProgressDisplay | None = None,
+) -> dict[str, float]:
+    """Evaluate and return the metric's figures (collective).
+
+    Raises RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
+    and within `data.max_bad_samples`; those are returned as `undecodable`.
+    """
+    metric = task.metric(ranks.device)
+    seen = torch.zeros(num_samples, dtype=torch.int32)
+    for index, batch in enumerate(loader, start=1):
+        ids = batch.sample_ids[batch.weights > 0]
+        seen += torch.bincount(ids, minlength=num_samples).int()
+        batch = batch.to(ranks.device)
+        metric.update(task.predict(forward, batch, dtype=dtype), batch)
+        if progress is not None:
+            progress.update({"kind": "progress", "step": index, "total_steps": len(loader)})
+    bad = torch.tensor([loader.num_bad])
+    sum_over_ranks(seen)
+    sum_over_ranks(bad)
+    missing, repeated = int((seen == 0).sum()), int((seen > 1).sum())
+    if repeated or missing != int(bad):
+        raise RuntimeError(
+            f"evaluation of {num_samples} samples missed {missing}, of which {int(bad)} are undecodable, "
+            f"and repeated {repeated}"
+        )
+    return metric.compute() | {"undecodable": float(bad)}
+
+
+def evaluate(
+    config: RunConfig, weights: str | Path | Mapping[str, Tensor], *, ema: bool = False, show_progress: bool = True
+) -> dict[str, float]:
+    """Evaluate weights on the validation shards and return top-1, top-5, loss, majority share and sample count.
+
+    `weights` is a weights file in any published naming, a run folder (its newest valid checkpoint), one checkpoint
+    folder, or a state dict; `ema` takes a checkpoint's moving average. Runs in this process, or on every rank under
+    a launcher. Raises ConfigError, CheckpointError or ValueError for what does not fit.
+    """
+    ranks = distributed.start()
+    distributed.configure_logging(ranks.rank)
+    task = create_task(config.model_copy(update={"model": config.model.model_copy(update={"weights": None})}))
+    shards = open_validation(config)
+    model = task.build_model()
+    load_weights(model, resolve_weights(weights, ema=ema))
+    model.to(ranks.device).eval()
+    precision = config.train.precision
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    autocast = torch.autocast(ranks.device.type, half) if precision != "fp32" else nullcontext()
+    shown = ProgressDisplay() if show_progress and ranks.is_main else None
+    with autocast, shown or nullcontext():
+        loader = evaluation_loader(config, task, shards, ranks)
+        return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown)
+
+
+def resolve_weights(source: str | Path | Mapping[str, Tensor], *, ema: bool = False) -> str | Path | Mapping[str, Any]:
+    """Turn a run or checkpoint folder into a state dict; leave files and state dicts as they are."""
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if path.is_dir():
+        folder = path if (path / "manifest.json").is_file() else newest_valid(path)
+        if folder is None:
+            raise CheckpointError(f"{path}: holds no checkpoint; name a run folder, a checkpoint or a weights file")
+
+        return dict(whole_weights(folder, ema=ema))
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder; name a run folder, a checkpoint or a weights file")
+    if ema:
+        raise CheckpointError(f"{path}: a weights file holds no moving average; leave the option out")
+    return path

@@ -1,0 +1,186 @@
+"""What a run reports: TensorBoard curves that stay clean over restarts, metrics.jsonl, speed and MFU."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvit.progress import ProgressDisplay
+
+# Dense bf16/fp16 peaks in TFLOP/s from the makers' data sheets; the first name found in the device's name counts.
+_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A40": 149.7,
+    "A10": 125.0,
+    "V100": 125.0,
+}
+
+
+def peak_flops(device: torch.device, configured_tflops: float | None) -> float | None:
+    """Return the device's peak rate in FLOP/s: as configured, else the data sheet's, else None (a CPU, say)."""
+    if configured_tflops is not None:
+        return configured_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> float:
+    """Count the floating-point operations (2 per multiply-add) of one forward pass of a meta-device model."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.empty(input_shape, device="meta"))
+    return float(counter.get_total_flops())
+
+
+class Speedometer:
+    """Splits wall time between log steps into waiting for data and all else."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def waited(self, seconds: float) -> None:
+        """Add time spent waiting for the next batch."""
+        self._waited += seconds
+
+    def step(self) -> None:
+        """Count one finished step."""
+        self._steps += 1
+
+    def read(self, samples_per_step: int) -> dict[str, float]:
+        """Return the rates since the last read and start anew."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        rates = {
+            "samples_per_s": self._steps * samples_per_step / seconds,
+            "step_seconds": seconds / max(self._steps, 1),
+            "data_wait": self._waited / seconds,
+        }
+        self.skip()
+        return rates
+
+    def skip(self) -> None:
+        """Forget the time since the last read: evaluation and saving are not training speed."""
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the largest device memory allocated so far; on a CPU the process's resident memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+_TAGS = {
+    "loss": "train/loss",
+    "lr": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "samples_per_s": "speed/samples_per_second",
+    "data_wait": "speed/data_wait_share",
+    "mfu": "speed/mfu",
+    "memory_gib": "memory/peak_gib",
+    "bad_samples": "data/bad_samples",
+    "skipped_steps": "train/skipped_steps",
+    "failed_saves": "checkpoint/failed_saves",
+}
+
+
+class RunLog:
+    """Writes what rank zero reports; on other ranks it does nothing.
+
+    A run that continues from step `first_step` drops later points of earlier attempts, so every curve is one line.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, active: bool, show_progress: bool) -> None:
+        self._active, self._total = active, total_steps
+        self._writer: Any = None
+        self._display: ProgressDisplay | None = None
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = run_dir / "metrics.jsonl"
+        _drop_records_after(self._file, first_step)
+        self._writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step + 1)
+        if show_progress:
+            self._display = ProgressDisplay(total_steps=total_steps)
+            self._display.__enter__()
+
+    def config(self, text: str, step: int) -> None:
+        """Show the resolved config in TensorBoard."""
+        if self._active:
+            self._writer.add_text("config", "```yaml\n" + text + "```", step)
+
+    def images(self, images: Tensor, step: int) -> None:
+        """Show (N, 3, H, W) images in [0, 1] as the model sees them."""
+        if self._active:
+            self._writer.add_images("inputs/augmented", images.float().cpu(), step)
+
+    def train(self, step: int, record: Mapping[str, float]) -> None:
+        """Report one training record."""
+        if not self._active:
+            return
+        for key, tag in _TAGS.items():
+            if key in record:
+                self._writer.add_scalar(tag, record[key], step)
+        self._write("train", step, record)
+
+    def validation(self, step: int, figures: Mapping[str, float], prefix: str = "validation") -> None:
+        """Report an evaluation."""
+        if not self._active:
+            return
+        for key, value in figures.items():
+            if key not in ("samples", "majority"):
+                self._writer.add_scalar(f"{prefix}/{key}", value, step)
+        self._write("evaluate" if prefix == "validation" else f"evaluate_{prefix.rsplit('_', 1)[-1]}", step, figures)
+        self._writer.flush()
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Report a published checkpoint."""
+        if self._active:
+            self._writer.add_scalar("checkpoint/save_seconds", seconds, step)
+            self._write("save", step, {"seconds": seconds})
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        record = {"kind": kind, "step": step, "total_steps": self._total, "time": time.time(), **values}
+        with open(self._file, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._display is not None:
+            self._display.update(record)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._active:
+            self._writer.close()
+            if self._display is not None:
+                self._display.__exit__(None, None, None)
+
+
+def _drop_records_after(file: Path, step: int) -> None:
+    """Remove records of steps that will be done again, and a line cut short by a crash."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    part = file.with_suffix(".tmp")
+    part.write_text("".join(kept))
+    part.replace(file)

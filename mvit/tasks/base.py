@@ -1,0 +1,54 @@
+"""What the trainer and the evaluation ask of a task; they never ask which task it is."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[Tensor], Any]
+"""A model, or an engine around one: inputs → outputs."""
+
+
+class Metric(Protocol):
+    """Sums over batches on the device; reduced over the ranks once, at the end."""
+
+    def update(self, predictions: Any, batch: Any) -> None:
+        """Add one batch; samples of weight 0 are padding and do not count."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """Return the figures over all ranks (collective)."""
+        ...
+
+
+class Task(Protocol):
+    """A problem to train for: its model, its data's treatment, its losses and its metric."""
+
+    def build_model(self) -> nn.Module:
+        """Build the model, initialised from torch's random state or from the configured weights."""
+        ...
+
+    def transform(self, train: bool) -> Callable[[Mapping[str, bytes], int], Any]:
+        """Return the function (members of one sample, seed) → one item for `collate`."""
+        ...
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """Put items together into a batch."""
+        ...
+
+    def losses(self, model: Forward, batch: Any, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Run the forward pass in training mode and return named scalar losses; their sum is minimised."""
+        ...
+
+    def predict(self, model: Forward, batch: Any, *, dtype: torch.dtype) -> Any:
+        """Run the forward pass in evaluation mode."""
+        ...
+
+    def metric(self, device: torch.device) -> Metric:
+        """Return an empty metric."""
+        ...
+
+    def preview(self, batch: Any, *, seed: int, limit: int) -> Tensor:
+        """Return up to `limit` inputs as the model sees them, (N, 3, H, W) in [0, 1]."""
+        ...

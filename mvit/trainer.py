@@ -1,0 +1,364 @@
+"""The training loop, what it is set up from, and how it saves, resumes and stops."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from data_pipeline.shards import ShardSet, open_shards
+from torch import Tensor
+
+from data_pipeline.loader import TrainLoader
+from data_pipeline.order import derive_seed
+from mvit import distributed
+from mvit.checkpoint import (
+    CheckpointError,
+    check_space,
+    newest_valid_on_all_ranks,
+    predicted_bytes,
+    read_manifest,
+)
+from mvit.checkpoint_load import load_into, load_rng
+from mvit.checkpoint_save import SaveError, save
+from mvit.config import BatchArithmetic, ConfigError, RunConfig
+from mvit.distributed import RankInfo, StopAgreement, logger, raise_together
+from mvit.engine import Engine
+from mvit.evaluation import evaluation_loader, open_validation, run_evaluation
+from mvit.guard import FiniteGuard
+from mvit.metrics import RunLog, Speedometer, forward_flops, peak_flops, peak_memory_gib
+from mvit.optim import parameter_groups
+from mvit.run_folder import claim
+from mvit.schedule import learning_rate
+from mvit.tasks import create_task
+from mvit.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    step: int
+    total_steps: int
+    stopped: bool
+    """True if it was asked to stop before the last step; everything is saved and `train` continues from there."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Figures of the final evaluation."""
+
+
+def _never() -> bool:
+    return False
+
+
+def train(
+    config: RunConfig,
+    *,
+    run_dir: Path | None = None,
+    stop_requested: Callable[[], bool] = _never,
+    show_progress: bool = True,
+) -> TrainResult:
+    """Train as `config` says, continuing from the run folder's newest valid checkpoint if there is one.
+
+    Runs as one process, or as each rank of a launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT. `stop_requested` is asked at every step; if it is true on any rank, all ranks save and return.
+    Raises ConfigError, ShardError, CheckpointError or ValueError before the first step for what cannot be run,
+    NonFiniteError when the loss or gradient norm stops being finite, SaveError when the last save fails.
+    """
+    ranks = distributed.start()
+    distributed.configure_logging(ranks.rank)
+    run = _Run(config, Path(run_dir or config.run_dir), ranks, show_progress)
+    try:
+        return run.loop(stop_requested)
+    finally:
+        run.close()
+
+
+class _Run:
+    """Everything one attempt of a run needs; built in the order in which things can go wrong cheaply."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, show_progress: bool) -> None:
+        self.config, self.run_dir, self.ranks = config, run_dir, ranks
+        self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
+        if config.train.precision == "fp16" and ranks.device.type == "cpu":
+            raise ConfigError("train.precision = fp16 does not run on CPUs; use train.precision=bf16 or fp32")
+        _on_main_first(lambda: claim(run_dir, config), ranks, "claiming the run folder")
+        self.shards, self.validation = _open_data(config, ranks)
+        self.total_steps = config.total_steps(len(self.shards))
+        self.task: Task = create_task(config)
+        self.loader = TrainLoader(
+            self.shards,
+            self.task.transform(train=True),
+            self.task.collate,
+            config.data,
+            seed=config.seed,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        self._build_engine()
+        self.evaluation_loader = (
+            None if self.validation is None else evaluation_loader(config, self.task, self.validation, ranks)
+        )
+        self.first_step = self._restore()
+        self.guard = FiniteGuard(ranks, watch_grad_norm=config.train.precision != "fp16")
+        self.speed = Speedometer()
+        self.loss_sum = torch.zeros((), device=ranks.device)  # since the last log record
+        self.failed_saves = 0
+        self.log = RunLog(
+            run_dir,
+            first_step=self.first_step,
+            total_steps=self.total_steps,
+            active=ranks.is_main,
+            show_progress=show_progress,
+        )
+
+    def _build_engine(self) -> None:
+        config = self.config
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        model = self.task.build_model()
+        self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        num_parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        self.checkpoint_bytes = predicted_bytes(num_parameters, ema=config.optim.ema_decay is not None)
+        check_space(self.run_dir, self.checkpoint_bytes)
+        self.peak = peak_flops(self.ranks.device, config.train.peak_tflops)
+        self.flops_per_sample = 0.0
+        if self.peak is not None:
+            with torch.device("meta"):
+                size = config.image.image_size
+                # Forward once, backward twice; recomputed activations are not useful work and do not count.
+                self.flops_per_sample = 3 * forward_flops(self.task.build_model(), (1, 3, *size))
+        groups = parameter_groups(model, config.optim, depth=sum(config.model.resolved_variant().depths))
+        self.engine = Engine(
+            model,
+            groups,
+            config.optim,
+            config.zero,
+            precision=config.train.precision,
+            micro_batch_size=self.batch.micro_batch_size,
+            accumulation_steps=self.batch.accumulation_steps,
+            ranks=self.ranks,
+            compile_backend=None if config.train.compile == "off" else config.train.compile,
+        )
+
+    def loop(self, stop_requested: Callable[[], bool]) -> TrainResult:
+        every = self.config.train
+        step, stop, agreement = self.first_step, False, StopAgreement()
+        figures: dict[str, float] = {}
+        if self.first_step >= self.total_steps:
+            return TrainResult(self.first_step, self.total_steps, False, self._evaluate(self.first_step))
+        self._log_start()
+        batches = self.loader.start(self.first_step)
+        self.speed.skip()
+        for step in range(self.first_step + 1, self.total_steps + 1):
+            self.engine.train()
+            for accumulation in range(self.batch.accumulation_steps):
+                asked = time.perf_counter()
+                batch = next(batches)
+                self.speed.waited(time.perf_counter() - asked)
+                self.guard.read_batch(step, batch.keys)
+                seed = self._chunk_seed(step, accumulation)
+                if step == 1 and accumulation == 0 and every.log_images:
+                    shown = self.task.preview(batch.to(self.ranks.device), seed=seed, limit=every.log_images)
+                    self.log.images(shown, step)
+                torch.manual_seed(seed)  # drop path and dropout: the same whenever this chunk is computed
+                losses = self.task.losses(self.engine, batch.to(self.ranks.device), seed=seed, dtype=self.engine.dtype)
+                loss = torch.stack(list(losses.values())).sum()
+                self.engine.backward(loss)
+                self.loss_sum += loss.detach() / self.batch.accumulation_steps
+            grad_norm = self.engine.update(self._lr_at(step))
+            self.guard.watch(step, self.loss_sum, grad_norm)
+            self.speed.step()
+            last = step == self.total_steps
+            stop = agreement.ask(stop_requested()) and not last
+            if step % every.log_every == 0 or last or stop:
+                self._log(step, grad_norm)
+            if last or (every.evaluate_every and step % every.evaluate_every == 0 and not stop):
+                figures = self._evaluate(step)
+            if last or stop or step % every.save_every == 0:
+                self._save(step, must_succeed=last or stop)
+            if stop:
+                break
+        agreement.finish()
+        return TrainResult(step, self.total_steps, stop, figures)
+
+    def _chunk_seed(self, step: int, accumulation: int) -> int:
+        chunk = accumulation * self.ranks.world_size + self.ranks.rank
+        return derive_seed(self.config.seed, "step", step, chunk)
+
+    def _lr_at(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            step,
+            total_steps=self.total_steps,
+            warmup_steps=config.warmup_steps(len(self.shards)),
+            peak=config.scaled_lr(config.optim.lr),
+            start=config.scaled_lr(config.schedule.warmup_lr),
+            end=config.scaled_lr(config.schedule.end_lr),
+        )
+
+    def _log_start(self) -> None:
+        parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        start = f"continuing after step {self.first_step}" if self.first_step else "starting"
+        logger.info("%s: %s of %d steps, %d samples", self.config.name, start, self.total_steps, len(self.shards))
+        logger.info("%.2f M parameters, ZeRO-%d, %s", parameters / 1e6, self.config.zero.stage, self.batch)
+        if self.first_step == 0:
+            self.log.config(self.config.to_yaml(), 0)
+
+    def _log(self, step: int, grad_norm: Tensor) -> None:
+        """Report the steps since the last record (collective); the only place that waits for the device."""
+        self.guard.check(self.run_dir, self.last_checkpoint)
+        rates = self.speed.read(self.config.train.global_batch_size)
+        steps = step - self.logged_step
+        # Loss and bad samples of all ranks; speed is rank 0's, the ranks step together.
+        totals = torch.stack([self.loss_sum.double() / steps, self.loss_sum.new_tensor(self.loader.num_bad).double()])
+        loss, bad = distributed.sum_over_ranks(totals).tolist()
+        self.loss_sum.zero_()
+        self.logged_step = step
+        record = {
+            "loss": loss / self.ranks.world_size,
+            "lr": self._lr_at(step),
+            "grad_norm": float(grad_norm),
+            "memory_gib": peak_memory_gib(self.ranks.device),
+            "bad_samples": bad,
+            "eta_s": (self.total_steps - step) * rates["step_seconds"],
+            "epoch": step * self.config.train.global_batch_size / len(self.shards),
+            **rates,
+        }
+        if self.peak is not None:
+            achieved = rates["samples_per_s"] * self.flops_per_sample / self.ranks.world_size
+            record["mfu"] = achieved / self.peak
+        if self.config.train.precision == "fp16":
+            record["skipped_steps"] = self.engine.skipped_steps
+        if self.failed_saves:
+            record["failed_saves"] = self.failed_saves
+        self.log.train(step, record)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate the weights, and their moving average if there is one (collective)."""
+        if self.evaluation_loader is None or self.validation is None:
+            return {}
+        figures: dict[str, float] = {}
+        self.engine.eval()
+        for prefix in ("validation", "validation_ema") if self.engine.has_ema else ("validation",):
+            with self.engine.ema_weights() if prefix == "validation_ema" else nullcontext():
+                found = run_evaluation(
+                    self.task,
+                    self.engine,
+                    self.evaluation_loader,
+                    len(self.validation),
+                    self.ranks,
+                    self.engine.dtype,
+                )
+            self.log.validation(step, found, prefix)
+            figures |= found if prefix == "validation" else {f"ema_{key}": value for key, value in found.items()}
+        self.speed.skip()
+        return figures
+
+    def _save(self, step: int, *, must_succeed: bool) -> None:
+        """Save (collective). A save that fails in mid-run is reported and the run goes on; at the end it raises."""
+        self.guard.check(self.run_dir, self.last_checkpoint)
+        began = time.perf_counter()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.ranks.device.type == "cuda":
+            rng["device"] = torch.cuda.get_rng_state(self.ranks.device)
+        try:
+            self.last_checkpoint = save(
+                self.run_dir,
+                step,
+                self.engine.fragments(),
+                shapes=self.shapes,
+                groups=[
+                    {
+                        "name": g.name,
+                        "parameters": g.parameter_names,
+                        "weight_decay": g.weight_decay,
+                        "lr_scale": g.lr_scale,
+                    }
+                    for g in self.engine.groups
+                ],
+                state={
+                    "counters": self.engine.counters(),
+                    "data": self.loader.state_dict(step),
+                    "config": self.config.model_dump(mode="json"),
+                },
+                rng=rng,
+                ranks=self.ranks,
+                keep_last=self.config.train.keep_last,
+                keep_every=self.config.train.keep_every,
+            )
+        except SaveError as error:
+            if must_succeed:
+                raise
+            self.failed_saves += 1
+            logger.error("%s; training goes on", error)
+        else:
+            self.log.saved(step, time.perf_counter() - began)
+        self.speed.skip()
+
+    def _restore(self) -> int:
+        """Load the newest valid checkpoint and return its step, 0 if there is none (collective)."""
+        path = newest_valid_on_all_ranks(self.run_dir, self.ranks)
+        self.last_checkpoint = path
+        if path is None:
+            self.logged_step = 0
+            return 0
+        manifest = read_manifest(path)
+        self.loader.check_state(manifest.state["data"])
+        saved_groups = {g["name"]: set(g["parameters"]) for g in manifest.groups}
+        if saved_groups != {g.name: set(g.parameter_names) for g in self.engine.groups}:
+            raise CheckpointError(f"{path}: parameter groups differ from this run's; resume with the run's own config")
+        with self.engine.writing() as fragments:
+            error = None
+            try:
+                load_into(manifest, fragments, self.shapes)
+            except (OSError, ValueError) as caught:
+                error = caught
+            raise_together(error, f"loading {path}")
+        self.engine.restore_counters(manifest.step, manifest.state["counters"])
+        rng = load_rng(manifest, self.ranks.rank)
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"])
+        if "device" in rng and self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["device"], self.ranks.device)
+        self.logged_step = manifest.step
+        logger.info("resumed from %s (saved on %d ranks)", path, manifest.world_size)
+        return manifest.step
+
+    def close(self) -> None:
+        """Stop the workers and give the model back."""
+        self.loader.close()
+        if self.evaluation_loader is not None:
+            self.evaluation_loader.close()
+        self.log.close()
+        self.engine.close()
+
+
+def _on_main_first(action: Callable[[], object], ranks: RankInfo, what: str) -> None:
+    """Run `action` on each node's first rank, then on the others; an error anywhere is raised everywhere."""
+    for first in (True, False):
+        error = None
+        if (ranks.local_rank == 0) == first:
+            try:
+                action()
+            except (OSError, ValueError) as caught:
+                error = caught
+        raise_together(error, what)
+
+
+def _open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | None]:
+    """Open and check all shards; raises ConfigError or ShardError before any time is lost."""
+    if config.data.train is None:
+        raise ConfigError("data.train = None: training needs shards; set it to a packed folder or a pattern")
+    opened: dict[str, ShardSet] = {}
+
+    def open_all() -> None:
+        assert config.data.train is not None
+        opened["train"] = open_shards(config.data.train, cache_dir=config.data.cache_dir)
+        opened["train"].check_labels(config.model.num_classes)
+        if config.data.validation is not None:
+            opened["validation"] = open_validation(config)
+
+    _on_main_first(open_all, ranks, "opening the shards")
+    return opened["train"], opened.get("validation")

@@ -1,0 +1,60 @@
+"""Runs an ordinary function on several ranks, each a process of its own joined by gloo."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from mvit.distributed import free_port
+
+TIMEOUT_S = 240
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks and return what each rank returned, in rank order.
+
+    `function` must be importable (defined at the top of a test module). An exception on any rank fails the test with
+    that rank's traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    port, queue = free_port(), context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(function, args, rank, world_size, port, queue))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        for _ in processes:
+            rank, result, error = queue.get(timeout=TIMEOUT_S)
+            assert error is None, f"rank {rank} of {world_size}:\n{error}"
+            results[rank] = result
+    finally:
+        for process in processes:
+            process.join(timeout=20 if len(results) == world_size else 0.1)
+            if process.is_alive():
+                process.kill()
+    return [results[rank] for rank in range(world_size)]
+
+
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, queue: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        queue.put((rank, function(*args), None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))
+        raise
