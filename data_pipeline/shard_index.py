@@ -148,13 +148,16 @@ def load_index(path: str) -> ShardIndex:
     head = _read_head(path)
     if head is None:
         raise ShardError(f"Index {path} vanished or is damaged; delete it, it is built again from the tar.")
+    return split_index(np.asarray(np.memmap(path, dtype=np.uint8, mode="r")), head)
+
+
+def split_index(raw: np.ndarray, head: IndexHead) -> ShardIndex:
+    """View an index's bytes (uint8) as its arrays."""
     n, m = head.num_samples, head.num_members
     lengths = [n + 1, n + 1, n, m, m, m]
-    raw = np.memmap(path, dtype=np.uint8, mode="r")
-    start = len(raw) - head.key_bytes - 8 * sum(lengths)
-    table = np.asarray(raw)[start : len(raw) - head.key_bytes].view("<i8")
-    columns = np.split(table, np.cumsum(lengths)[:-1])
-    return ShardIndex(head, *columns, keys=np.asarray(raw)[len(raw) - head.key_bytes :])
+    keys = len(raw) - head.key_bytes
+    table = raw[keys - 8 * sum(lengths) : keys].view("<i8")
+    return ShardIndex(head, *np.split(table, np.cumsum(lengths)[:-1]), keys=raw[keys:])
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

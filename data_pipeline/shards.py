@@ -147,7 +147,7 @@ def open_shards(
         raise ShardError(f"Shard {repeated[0]} is listed more than once; its samples would count twice an epoch.")
     found = _find_indexes(paths, cache_dir)
     for path, (_, head) in zip(paths, found, strict=True):
-        _check_members(path, head, required)
+        check_members(path, head, required)
         if path in expected:
             _check_manifest_entry(path, head, expected[path])
     all_packed = len(manifests) == len(specs)
@@ -159,12 +159,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        entries = [(str(entry["name"]), int(entry["samples"]), int(entry["bytes"])) for entry in manifest["shards"]]
+        entries = [(e["name"] + e["sha256"], e["samples"] + e["bytes"]) for e in manifest["shards"]]
         names = [str(name) for name in manifest["class_names"]]
+        _ = manifest["counts"].items(), manifest["sources"]["name"] + manifest["sources"]["sha256"]
         version = manifest["format_version"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(
             f"{path} is damaged ({error!r}); pack the data again, or delete it to read the bare tars."
         ) from error
@@ -234,7 +235,7 @@ def _find_indexes(paths: list[str], cache_dir: Path | None) -> list[tuple[str, I
     return [found[place] for place in range(len(paths))]
 
 
-def _check_members(path: str, head: IndexHead, required: Sequence[Sequence[str]]) -> None:
+def check_members(path: str, head: IndexHead, required: Sequence[Sequence[str]]) -> None:
     if head.num_samples == 0:
         raise ShardError(f"Shard {path} holds no sample; leave it out of the list.")
     for extensions, number, key in head.member_sets:

@@ -1,0 +1,211 @@
+"""Check packed data, every byte: hashes, tar structure, indexes, labels, counts, keys, and that pictures decode."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.decode import DecodeError, class_label, decode_rgb, picture
+from data_pipeline.shard_index import NO_LABEL, IndexHead, ShardIndex, build_index, split_index
+from data_pipeline.shards import MANIFEST, REQUIRED_FOR_CLASSIFICATION, check_members, read_manifest
+from data_pipeline.tar_scan import ShardError
+
+
+@dataclass
+class CheckReport:
+    """What was checked and what is wrong; `ok` if nothing is, `as_dict()` for JSON, `str()` for people."""
+
+    folder: str
+    num_shards: int = 0
+    num_samples: int = 0
+    num_decoded: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What could not be checked, or is unusual but harmless."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**asdict(self), "ok": self.ok}
+
+    def __str__(self) -> str:
+        verdict = "all is well" if self.ok else f"{len(self.problems)} problem(s)"
+        decoded = f", {self.num_decoded} pictures decoded" if self.num_decoded else ""
+        head = f"{self.folder}: {self.num_shards} shard(s), {self.num_samples} samples{decoded}: {verdict}"
+        notes = [f"  note: {note}" for note in self.notes]
+        return "\n".join([head, *(f"  problem: {problem}" for problem in self.problems), *notes])
+
+
+def check_shards(
+    folder: str | os.PathLike[str],
+    *,
+    decode: bool = True,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Check a packed folder, a folder of packed folders, or a folder of bare tars (then only what needs no manifest).
+
+    `decode`: also decode every picture, in `workers` threads (0: one per core). `progress(done, total)` counts shards.
+    Every problem is named in the report; raises ShardError only if there is nothing to check.
+    """
+    folder = Path(folder)
+    report = CheckReport(str(folder))
+    parts = [folder] if (folder / MANIFEST).exists() or any(folder.glob("*.tar")) else []
+    parts = parts or sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not parts:
+        raise ShardError(f"{folder} holds neither {MANIFEST} nor .tar shards, and no packed folder.")
+    manifests = {part: _manifest(part, report) for part in parts}
+    shards = {part: _shards(part, manifests[part], report) for part in parts}
+    total, done = sum(map(len, shards.values())), 0
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for part in parts:
+            labels: Counter[int] = Counter()
+            keys: list[tuple[str, str]] = []
+            for tar, entry in shards[part]:
+                index = _check_shard(tar, entry, report)
+                if index is not None:
+                    _check_samples(tar, index, labels, keys, manifests[part], report)
+                    if decode:
+                        _decode_all(tar, index, pool, report)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            _check_whole(part, labels, keys, manifests[part], report)
+    return report
+
+
+def _manifest(part: Path, report: CheckReport) -> dict[str, Any] | None:
+    try:
+        manifest = read_manifest(part)
+    except ShardError as error:
+        report.problems.append(str(error))
+        return None
+    if manifest is None:
+        report.notes.append(f"{part} has no {MANIFEST}: structure and pictures checked, hashes, counts and classes not")
+    return manifest
+
+
+def _shards(
+    part: Path, manifest: dict[str, Any] | None, report: CheckReport
+) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Return the shards to check with their manifest entries; those missing or not listed are problems."""
+    present = sorted(part.glob("*.tar"))
+    if manifest is None:
+        return [(tar, None) for tar in present]
+    listed = {part / entry["name"]: entry for entry in manifest["shards"]}
+    report.problems += [f"{tar} is listed in {MANIFEST} but missing" for tar in listed if not tar.is_file()]
+    report.problems += [f"{tar} is not listed in {MANIFEST}" for tar in present if tar not in listed]
+    return [(tar, entry) for tar, entry in listed.items() if tar.is_file()]
+
+
+def _check_shard(tar: Path, entry: dict[str, Any] | None, report: CheckReport) -> ShardIndex | None:
+    """Check size, hash, structure and index of one shard; return its freshly built index if it has one."""
+    report.num_shards += 1
+    if entry is not None:
+        with open(tar, "rb") as file:
+            if os.fstat(file.fileno()).st_size != entry["bytes"]:
+                report.problems.append(
+                    f"{tar} has {os.fstat(file.fileno()).st_size} bytes, {MANIFEST} says {entry['bytes']}"
+                )
+            elif hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                report.problems.append(f"{tar}: its bytes are not those that were packed (SHA-256 differs)")
+    try:
+        content, head = build_index(str(tar))
+        check_members(str(tar), head, REQUIRED_FOR_CLASSIFICATION)
+    except ShardError as error:
+        report.problems.append(str(error))
+        return None
+    report.num_samples += head.num_samples
+    if entry is not None and head.num_samples != entry["samples"]:
+        report.problems.append(f"{tar} has {head.num_samples} samples, {MANIFEST} says {entry['samples']}")
+    _check_sidecar(tar, content, head, report)
+    return split_index(np.frombuffer(content, np.uint8), head)
+
+
+def _check_sidecar(tar: Path, content: bytes, head: IndexHead, report: CheckReport) -> None:
+    """Compare the index beside the tar with a fresh one; one for another time or size would be built again anyway."""
+    sidecar = Path(f"{tar}.idx")
+    if not sidecar.exists():
+        report.notes.append(f"{tar} has no index yet; the first run that opens it builds one")
+    elif (found := sidecar.read_bytes()) != content:
+        if f'"tar_mtime_ns": {head.tar_mtime_ns},'.encode() in found[:4096]:
+            report.problems.append(f"{sidecar} does not describe its tar; delete it, it is built again")
+        else:
+            report.notes.append(f"{sidecar} is older than its tar (copied?); it is built again when opened")
+
+
+def _check_samples(
+    tar: Path,
+    index: ShardIndex,
+    labels: Counter[int],
+    keys: list[tuple[str, str]],
+    manifest: dict[str, Any] | None,
+    report: CheckReport,
+) -> None:
+    """Check the labels of one shard and collect labels and keys."""
+    num_classes = len(manifest["class_names"]) if manifest else None
+    for sample, label in enumerate(index.labels.tolist()):
+        key = index.key(sample)
+        keys.append((tar.name, key))
+        labels[label] += 1
+        if label == NO_LABEL or label < 0 or (num_classes is not None and label >= num_classes):
+            allowed = f"0 to {num_classes - 1}" if num_classes else "0 or more"
+            report.problems.append(f"{tar.name}/{key} has label {label}, allowed: {allowed}")
+
+
+def _decode_all(tar: Path, index: ShardIndex, pool: ThreadPoolExecutor, report: CheckReport) -> None:
+    with open(tar, "rb") as file:
+        check = partial(_decode_one, file.fileno(), index)
+        for sample, problem in enumerate(pool.map(check, range(index.head.num_samples))):
+            if problem:
+                report.problems.append(f"{tar.name}/{index.key(sample)}: {problem}")
+            else:
+                report.num_decoded += 1
+
+
+def _decode_one(file: int, index: ShardIndex, sample: int) -> str | None:
+    """Return what is wrong with one sample, or None."""
+    members = {extension: os.pread(file, size, offset) for extension, offset, size in index.members(sample)}
+    try:
+        class_label(members)
+        decode_rgb(picture(members))
+    except DecodeError as error:
+        return str(error)
+    return None
+
+
+def _check_whole(
+    part: Path, labels: Counter[int], keys: list[tuple[str, str]], manifest: dict[str, Any] | None, report: CheckReport
+) -> None:
+    """Check what concerns a whole packed folder: keys, class counts and the list of sources."""
+    repeated = [key for key, number in Counter(key for _, key in keys).items() if number > 1]
+    if repeated:
+        report.problems.append(f"{part}: {len(repeated)} key(s) occur more than once, the first: {repeated[0]}")
+    if manifest is None:
+        return
+    for label, (name, number) in enumerate(manifest["counts"].items()):
+        if labels[label] != number:
+            report.problems.append(f"{part}: class {name} has {labels[label]} samples, {MANIFEST} says {number}")
+    sources = part / manifest["sources"]["name"]
+    try:
+        lines = sources.read_bytes()
+        traced = [tuple(json.loads(line)[:2]) for line in lines.splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        report.problems.append(f"{sources} cannot be read: {error}")
+        return
+    if hashlib.sha256(lines).hexdigest() != manifest["sources"]["sha256"]:
+        report.problems.append(f"{sources}: its bytes are not those that were packed (SHA-256 differs)")
+    if traced != keys:
+        report.problems.append(f"{sources} lists {len(traced)} samples, the shards hold {len(keys)}, or others")

@@ -1,0 +1,281 @@
+"""Pack a labelled data set into WebDataset tar shards with indexes and a manifest; all appears at once, or nothing.
+
+A packed folder OUT/<split> holds shard-000000.tar … (members 000123.jpg, the source's bytes unchanged, and 000123.cls),
+a .idx beside each, sources.jsonl ([shard, key, source] per sample) and manifest.json, written last.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.decode import LABEL_EXTENSION, DecodeError, decode_rgb
+from data_pipeline.order import epoch_order
+from data_pipeline.shard_index import find_index, write_atomically
+from data_pipeline.shards import MANIFEST
+from data_pipeline.sources import Rejected, SourceData, SourceSample
+from data_pipeline.sources.digits import read_digits
+from data_pipeline.sources.imagefolder import read_imagefolder
+
+FORMAT_VERSION = 1
+SOURCES = "sources.jsonl"
+
+
+class PackError(ValueError):
+    """Packing cannot start or go on; nothing was written under the output's name."""
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """How to cut and check; the defaults suit ImageNet-like pictures."""
+
+    max_samples: int = 1000
+    """Samples in a shard at most. Shuffling takes whole shards into its window, so keep them moderate."""
+    max_bytes: int = 200_000_000
+    """A shard is closed once its members reach this size."""
+    seed: int = 0
+    """Seeds the order in which samples are written, so that each shard holds a mixture of classes."""
+    workers: int = 0
+    """Threads that read and decode for checking; 0: one per CPU core."""
+    strict: bool = False
+    """Stop at the first file that is no readable picture instead of leaving it out and listing it."""
+    overwrite: bool = False
+    """Replace an existing packed output."""
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """What became of one split."""
+
+    name: str
+    folder: str
+    num_samples: int
+    num_shards: int
+    num_bytes: int
+    counts: dict[str, int]
+    """Samples of each class."""
+    missing_classes: list[str]
+    """Classes that other splits have and this one does not."""
+    quarantined: list[Rejected]
+    """Files left out, with reasons; also in the manifest."""
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was packed; `as_dict()` for JSON, `str()` for people."""
+
+    output: str
+    class_names: list[str]
+    splits: list[PackedSplit]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"Packed into {self.output}: {len(self.class_names)} classes"]
+        for split in self.splits:
+            lines.append(
+                f"  {split.name}: {split.num_samples} samples in {split.num_shards} shard(s), {split.num_bytes:,} bytes"
+            )
+            if split.missing_classes:
+                lines.append(f"    no sample of: {', '.join(split.missing_classes)}")
+            if split.quarantined:
+                lines.append(f"    left out {len(split.quarantined)} file(s), listed in {MANIFEST}:")
+                lines += [f"      {bad.source}: {bad.reason}" for bad in split.quarantined[:10]]
+        return "\n".join(lines)
+
+
+Progress = Callable[[int, int], None]
+
+
+def pack_imagefolder(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    layout: Literal["auto", "splits", "classes"] = "auto",
+    holdout: float = 0.0,
+    options: PackOptions | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Pack SOURCE/<split>/<class>/files, or SOURCE/<class>/files with a `holdout` part, into OUTPUT/<split>.
+
+    Every picture is decoded once; what cannot be is left out and listed (`strict`: PackError). `progress(done, total)`
+    is called per sample. Raises PackError, or ValueError for a tree that does not fit `layout`.
+    """
+    options = options or PackOptions()
+    root, output = Path(source), Path(output)
+    if output.resolve() == root.resolve() or output.resolve() in root.resolve().parents:
+        raise PackError(f"The output {output} contains the source {root}; choose another output folder.")
+    _check_output(output, options)
+    return pack(read_imagefolder(root, layout=layout, holdout=holdout, seed=options.seed), output, options, progress)
+
+
+def pack_digits(
+    output: str | os.PathLike[str], *, options: PackOptions | None = None, progress: Progress | None = None
+) -> PackReport:
+    """Pack scikit-learn's handwritten digits into OUTPUT/train and OUTPUT/validation.
+
+    The pictures stay 8 x 8; enlarging is the transform's work. The held-out fifth is fixed: of each class every fifth
+    sample in the data set's order; the manifest repeats the rule.
+    """
+    return pack(read_digits(), Path(output), options or PackOptions(max_samples=256), progress)
+
+
+def pack(data: SourceData, output: Path, options: PackOptions, progress: Progress | None = None) -> PackReport:
+    """Write every split of `data` under a temporary name, then rename the whole. Raises PackError."""
+    _check_output(output, options)
+    rejected = [bad for bads in data.rejected.values() for bad in bads]
+    if options.strict and rejected:
+        raise PackError(
+            f"{len(rejected)} file(s) are no pictures, the first: {rejected[0].source}: {rejected[0].reason}"
+        )
+    for name, samples in data.splits.items():
+        if not samples:
+            raise PackError(f"Split {name} of {data.origin} has no picture.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(data, output.parent)
+    building = output.parent / f".{output.name}.packing-{os.getpid()}"
+    building.mkdir()
+    total = sum(map(len, data.splits.values()))
+    done = 0
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    try:
+        splits = [_write_split(building / name, output / name, name, data, options, one_more) for name in data.splits]
+        _publish(building, output)
+    except OSError as error:
+        raise PackError(f"Packing into {output} failed, nothing was written there: {error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return PackReport(str(output), data.class_names, splits)
+
+
+def _write_split(
+    folder: Path, final: Path, name: str, data: SourceData, options: PackOptions, one_more: Callable[[], None]
+) -> PackedSplit:
+    """Write one split's shards, indexes, list of sources and manifest."""
+    from webdataset.writer import ShardWriter
+
+    folder.mkdir()
+    quarantined = list(data.rejected.get(name, []))
+    labels: Counter[int] = Counter()
+    traces: list[list[str]] = []
+    samples = data.splits[name]
+    order = epoch_order([len(samples)], options.seed, 0, 1)
+    digits = max(6, len(str(len(samples))))
+    pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
+    # Time 0 makes the shards' bytes a function of the source and the options.
+    with ShardWriter(pattern, options.max_samples, options.max_bytes, verbose=0, encoder=False, mtime=0.0) as writer:
+        for sample, content, problem in _read_and_check((samples[i] for i in order.tolist()), options.workers):
+            one_more()
+            if problem:
+                if options.strict:
+                    raise PackError(f"{sample.source}: {problem}")
+                quarantined.append(Rejected(sample.source, problem))
+                continue
+            key = f"{len(traces):0{digits}d}"
+            writer.write({"__key__": key, sample.extension: content, LABEL_EXTENSION: str(sample.label).encode()})
+            traces.append([os.path.basename(str(writer.fname)), key, sample.source])
+            labels[sample.label] += 1
+    if not traces:
+        raise PackError(f"Split {name}: none of {len(samples)} pictures can be decoded, e.g. {quarantined[-1]}")
+    shards = [_describe(tar) for tar in sorted(folder.glob("*.tar"))]
+    lines = "".join(json.dumps(trace) + "\n" for trace in traces).encode()
+    write_atomically(folder / SOURCES, lines)
+    counts = {class_name: labels[label] for label, class_name in enumerate(data.class_names)}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "source": data.origin,
+        "split": name,
+        "split_rule": data.rule,
+        "seed": options.seed,
+        "num_samples": len(traces),
+        "num_classes": len(data.class_names),
+        "class_names": data.class_names,
+        "counts": counts,
+        "shards": shards,
+        "sources": {"name": SOURCES, "sha256": hashlib.sha256(lines).hexdigest()},
+        "quarantined": [asdict(bad) for bad in quarantined],
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    missing = [class_name for class_name, number in counts.items() if number == 0]
+    num_bytes = sum(shard["bytes"] for shard in shards)
+    return PackedSplit(name, str(final), len(traces), len(shards), num_bytes, counts, missing, quarantined)
+
+
+def _read_and_check(samples: Iterator[SourceSample], workers: int) -> Iterator[tuple[SourceSample, bytes, str | None]]:
+    """Yield (sample, bytes, None or what is wrong with it) in order; threads read and decode ahead."""
+    workers = workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[tuple[SourceSample, Future[tuple[bytes, str | None]]]] = deque()
+        for sample in samples:
+            ahead.append((sample, pool.submit(_checked, sample)))
+            if len(ahead) > 4 * workers:
+                first, result = ahead.popleft()
+                yield first, *result.result()
+        while ahead:
+            first, result = ahead.popleft()
+            yield first, *result.result()
+
+
+def _checked(sample: SourceSample) -> tuple[bytes, str | None]:
+    content = sample.read()
+    try:
+        decode_rgb(content)
+    except DecodeError as error:
+        return content, str(error)
+    return content, None
+
+
+def _describe(tar: Path) -> dict[str, Any]:
+    """Index a finished shard, force it to the disk, and return its manifest entry."""
+    _, head = find_index(str(tar), tar.parent)
+    with open(tar, "rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": tar.name, "samples": head.num_samples, "bytes": head.tar_bytes, "sha256": digest}
+
+
+def _check_output(output: Path, options: PackOptions) -> None:
+    """Refuse an output that exists, unless `overwrite` and it is packed data."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not options.overwrite:
+        raise PackError(f"{output} exists; choose another folder, or overwrite it on purpose.")
+    if not (output.is_dir() and all((entry / MANIFEST).is_file() for entry in output.iterdir())):
+        raise PackError(f"{output} holds other things than packed data and is not overwritten; remove it yourself.")
+
+
+def _check_space(data: SourceData, folder: Path) -> None:
+    """Fail before writing if the shards cannot fit: each member is padded to 512 bytes after a header of 512."""
+    samples = [sample for split in data.splits.values() for sample in split]
+    needed = sum(512 + -(-sample.size // 512) * 512 + 1024 + 256 for sample in samples) + (1 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PackError(f"{folder} has {free:,} bytes free, the shards of {data.origin} need about {needed:,}.")
+
+
+def _publish(building: Path, output: Path) -> None:
+    """Put the finished folder in the output's place; the old one goes only after the new one is there."""
+    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    if output.exists():
+        os.replace(output, old)
+    try:
+        os.replace(building, output)
+    except OSError:
+        if old.exists():
+            os.replace(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
