@@ -1,0 +1,269 @@
+"""The command line: parse, load, dispatch. Everything heavy is imported by the command that needs it."""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from launcher import commands
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that says what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong is not None:
+            choices = re.findall(r"[\w-]+", wrong.group(2))
+            close = difflib.get_close_matches(wrong.group(1), choices, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"choose from: {', '.join(choices)}."
+            message = f"unknown command or value {wrong.group(1)!r}: {hint}"
+        print(f"error: {message}\nsee: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = _Parser(prog="mvit", description="Train multiscale vision transformers (MViTv2) on your own cluster.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    group = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_runs(group)
+    _add_results(group)
+    _add_data(group)
+    _add_bench(group)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 only on success."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    _take_overrides(parser, args, rest)
+    try:
+        return args.handler(args)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        sys.stderr.close()
+        return 141
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if getattr(args, "json", False):
+            print(json.dumps({"error": str(error)}))
+        return 1
+
+
+def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
+    """Put `key=value` words that argparse left over, since options stood before them, to the others."""
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if hasattr(args, "overrides"):
+        args.overrides = [*args.overrides, *rest]
+        for word in args.overrides:
+            if "=" not in word:
+                parser.error(f"{word!r} is not a setting: write key=value, train.total_epochs=10 for one")
+
+
+def _command(group: "argparse._SubParsersAction", name: str, handler: Handler, text: str, example: str) -> _Parser:
+    parser = group.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # SUPPRESS: the default must not undo a --debug given before the command
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file of configs/, or a run's config.yaml")
+    _overrides(parser)
+
+
+def _overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that replace the recipe's")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object for scripts")
+
+
+def _add_runs(group: "argparse._SubParsersAction") -> None:
+    train = _command(
+        group,
+        "train",
+        commands.train,
+        "train in this process, or as each rank under torchrun or srun",
+        "mvit train configs/demo/digits.yaml train.global_batch_size=64",
+    )
+    _recipe(train)
+    train.add_argument("--resume", action="store_true", help="continue if the run folder exists already")
+
+    submit = _command(
+        group,
+        "submit",
+        commands.submit,
+        "submit a run to Slurm or to this machine, with a snapshot of the code",
+        "mvit submit configs/demo/digits.yaml --cluster configs/cluster/local.yaml --follow",
+    )
+    _recipe(submit)
+    _cluster(submit, required=True)
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print batch arithmetic and batch script, create nothing"
+    )
+    _follow(submit)
+    _json(submit)
+
+    resume = _command(
+        group,
+        "resume",
+        commands.resume,
+        "continue a run in its folder, from its newest valid checkpoint, with its own config and code",
+        "mvit resume runs/digits --follow",
+    )
+    _run_dir(resume)
+    _overrides(resume)
+    _cluster(resume, required=False)
+    _follow(resume)
+    _json(resume)
+
+    status = _command(group, "status", commands.status, "show what became of a run", "mvit status runs/digits --json")
+    _run_dir(status)
+    _follow(status)
+    _json(status)
+
+    stop = _command(
+        group, "stop", commands.stop, "let a run save and end; resume continues it", "mvit stop runs/digits --wait"
+    )
+    _run_dir(stop)
+    stop.add_argument("--wait", action="store_true", help="return when it has ended; exit code 0 if it was saved")
+    stop.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds --wait waits (600)")
+
+    cancel = _command(group, "cancel", commands.cancel, "end a run at once, without a save", "mvit cancel runs/digits")
+    _run_dir(cancel)
+
+
+def _add_results(group: "argparse._SubParsersAction") -> None:
+    config = _command(
+        group,
+        "config",
+        commands.config,
+        "print the resolved config of a recipe, itself a valid recipe",
+        "mvit config configs/demo/digits.yaml optim.lr=1e-3",
+    )
+    _recipe(config)
+
+    evaluate = _command(
+        group,
+        "evaluate",
+        commands.evaluate,
+        "evaluate weights on a recipe's validation shards",
+        "mvit evaluate configs/demo/digits.yaml --weights digits.safetensors --json",
+    )
+    _recipe(evaluate)
+    evaluate.add_argument(
+        "--weights", required=True, metavar="FILE", help="exported or published weights, or a checkpoint folder"
+    )
+    evaluate.add_argument("--ema", action="store_true", help="the averaged weights of a checkpoint")
+    _json(evaluate)
+
+    export = _command(
+        group,
+        "export",
+        commands.export,
+        "write a run's newest weights as one plain file",
+        "mvit export runs/digits digits.safetensors",
+    )
+    _run_dir(export)
+    export.add_argument("out", metavar="OUT", help="file to write; its suffix names the format")
+    export.add_argument("--naming", choices=("mvit", "timm", "official"), default="mvit", help="parameter names")
+    export.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
+
+    checkpoint = group.add_parser("checkpoint", help="look at a run's checkpoints").add_subparsers(
+        dest="subcommand", metavar="COMMAND", required=True
+    )
+    listing = _command(
+        checkpoint, "list", commands.checkpoint_list, "list a run's checkpoints", "mvit checkpoint list runs/digits"
+    )
+    _run_dir(listing)
+    _json(listing)
+
+
+def _add_data(group: "argparse._SubParsersAction") -> None:
+    data = group.add_parser("data", help="write and check tar shards").add_subparsers(
+        dest="subcommand", metavar="COMMAND", required=True
+    )
+    pack = _command(
+        data,
+        "pack",
+        commands.data_pack,
+        "pack a data set into tar shards with an index and a manifest",
+        "mvit data pack imagefolder photos/train shards/train",
+    )
+    pack.add_argument("source", choices=("imagefolder", "digits"), help="kind of data set")
+    pack.add_argument("paths", nargs="+", metavar="[SRC] OUT", help="folder of class folders (imagefolder), then OUT")
+    pack.add_argument("--samples-per-shard", type=int, metavar="N", help="most samples of one shard")
+    pack.add_argument("--mib-per-shard", type=float, metavar="MIB", help="largest size of one shard")
+
+    check = _command(
+        data, "check", commands.data_check, "verify every byte of packed shards", "mvit data check shards/train"
+    )
+    check.add_argument("shards", metavar="SHARDS", help="a folder that `mvit data pack` wrote")
+    _json(check)
+
+
+def _add_bench(group: "argparse._SubParsersAction") -> None:
+    bench = group.add_parser("bench", help="measure speed on this machine").add_subparsers(
+        dest="subcommand", metavar="COMMAND", required=True
+    )
+    model = _command(
+        bench,
+        "model",
+        commands.bench_model,
+        "time forward and training steps of a variant",
+        "mvit bench model mvitv2_tiny --batch-size 8",
+    )
+    model.add_argument("variant", metavar="VARIANT", help="mvitv2_tiny, small, base, large or huge")
+    model.add_argument("--batch-size", type=int, default=8, metavar="N")
+    _json(model)
+
+    data = _command(
+        bench,
+        "data",
+        commands.bench_data,
+        "time reading and decoding of a recipe's training shards",
+        "mvit bench data configs/demo/digits.yaml data.num_workers=2",
+    )
+    _recipe(data)
+    _json(data)
+
+
+def _run_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder: output_dir/name of its recipe")
+
+
+def _cluster(parser: argparse.ArgumentParser, required: bool) -> None:
+    text = "a file of configs/cluster/; cluster.KEY=VALUE replaces its settings"
+    parser.add_argument("--cluster", required=required, metavar="FILE", help=text)
+    parser.add_argument("--nodes", type=int, metavar="N", help="short for cluster.nodes=N")
+
+
+def _follow(parser: argparse.ArgumentParser) -> None:
+    text = "stay, show progress; exit code 0 finished, 85 stopped on request, 1 failed"
+    parser.add_argument("--follow", "--wait", action="store_true", help=text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

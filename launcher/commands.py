@@ -1,0 +1,220 @@
+"""One function per command of the command line: load what it needs, call it, print, return the exit code."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.submit import Submission
+
+# Every import of launcher modules stands in a function: `mvit --help` must not wait for pydantic, submitit or torch.
+
+
+def train(args: Namespace) -> int:
+    """Train in this process."""
+    import mvit
+    from launcher.job import export_srun_rank, train_inline
+    from launcher.run_folder import RunFolder
+    from launcher.submit import create_run, refuse_active
+
+    rank = export_srun_rank()
+    config = mvit.load_config(args.recipe, args.overrides)
+    run = RunFolder(config.run_dir.absolute())
+    if rank == 0:
+        if args.resume and run.run_file.exists():
+            refuse_active(run)
+        else:
+            run = create_run(config, sys.argv)
+    return train_inline(config, run)
+
+
+def submit(args: Namespace) -> int:
+    """Create a run and submit it."""
+    import mvit
+    from launcher.cluster import load_cluster
+    from launcher.submit import dry_run, submit_new
+
+    of_recipe, of_cluster = _split(args)
+    cluster = load_cluster(args.cluster, of_cluster)
+    config = mvit.load_config(args.recipe, of_recipe)
+    if args.dry_run:
+        print(dry_run(config, cluster))
+        return 0
+    return _show_and_follow(args, submit_new(config, cluster, sys.argv))
+
+
+def resume(args: Namespace) -> int:
+    """Continue a run where it was started: in this process, or on its cluster or another one."""
+    from launcher.cluster import load_cluster
+    from launcher.job import train_inline
+    from launcher.run_folder import RunFolder
+    from launcher.submit import enter_run, resumed_config, saved_cluster, submit_resume
+
+    run = RunFolder(Path(args.run_dir).absolute())
+    of_recipe, of_cluster = _split(args)
+    cluster = load_cluster(args.cluster, of_cluster) if args.cluster else saved_cluster(run, of_cluster)
+    config = resumed_config(run, of_recipe)
+    if cluster is None:
+        enter_run(run)
+        return train_inline(config, run)
+    return _show_and_follow(args, submit_resume(run, config, cluster))
+
+
+def status(args: Namespace) -> int:
+    """Show a run's state; a failed run's first failure too."""
+    from launcher.follow import follow
+    from launcher.run_folder import RunFolder
+    from launcher.status import failure_text, run_state
+
+    run_dir = Path(args.run_dir).absolute()
+    if args.follow:
+        return follow(run_dir)
+    state = run_state(run_dir)
+    if args.json:
+        print(json.dumps(state.to_dict()))
+        return 0
+    print(state)
+    if state.state == "failed":
+        print(failure_text(RunFolder(run_dir), state.attempt))
+    return 0
+
+
+def stop(args: Namespace) -> int:
+    """Ask a run to save and end."""
+    from launcher.status import wait_for_end
+    from launcher.stop import request_stop
+
+    run_dir = Path(args.run_dir).absolute()
+    print(request_stop(run_dir), flush=True)
+    if not args.wait:
+        return 0
+    state = wait_for_end(run_dir, args.timeout)
+    print(state)
+    return 0 if state.state in ("stopped", "finished") else 1
+
+
+def cancel(args: Namespace) -> int:
+    """End a run at once."""
+    from launcher.stop import cancel as cancel_run
+
+    print(cancel_run(Path(args.run_dir).absolute()))
+    return 0
+
+
+def config(args: Namespace) -> int:
+    """Print a resolved recipe."""
+    import mvit
+
+    print(mvit.load_config(args.recipe, args.overrides).to_yaml(), end="")
+    return 0
+
+
+def evaluate(args: Namespace) -> int:
+    """Evaluate weights."""
+    import mvit
+
+    recipe = mvit.load_config(args.recipe, args.overrides)
+    _print_figures(mvit.evaluate(recipe, args.weights, ema=args.ema, show_progress=not args.json), args.json)
+    return 0
+
+
+def export(args: Namespace) -> int:
+    """Write a run's weights as one file."""
+    from mvit.export import export_weights
+
+    print(f"wrote {export_weights(Path(args.run_dir), Path(args.out), naming=args.naming, ema=args.ema)}")
+    return 0
+
+
+def checkpoint_list(args: Namespace) -> int:
+    """List a run's checkpoints."""
+    from launcher.run_folder import RunFolder
+    from mvit.checkpoint import checkpoint_path, list_steps
+
+    run = RunFolder(Path(args.run_dir).absolute())
+    run.identity()  # refuses a folder that is no run
+    rows = [{"step": step, "path": str(checkpoint_path(run.path, step))} for step in list_steps(run.path)]
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        print("\n".join(f"step {row['step']}  {row['path']}" for row in rows) or "no checkpoint yet")
+    return 0
+
+
+def data_pack(args: Namespace) -> int:
+    """Pack a data set into shards."""
+    from data_pipeline.pack import pack_digits, pack_imagefolder
+
+    if args.source == "imagefolder":
+        if len(args.paths) != 2:
+            raise ValueError("`mvit data pack imagefolder` takes two folders: SRC (one folder per class) and OUT.")
+        pack_imagefolder(Path(args.paths[0]), Path(args.paths[1]))
+    else:
+        if len(args.paths) != 1:
+            raise ValueError("`mvit data pack digits` takes one folder, OUT: the data ships with scikit-learn.")
+        pack_digits(Path(args.paths[0]))
+    return 0
+
+
+def data_check(args: Namespace) -> int:
+    """Verify shards."""
+    from data_pipeline.pack import check_shards
+
+    problems = check_shards(Path(args.shards))
+    if args.json:
+        print(json.dumps({"shards": args.shards, "problems": problems}))
+    else:
+        print("\n".join(problems) or f"{args.shards}: every byte is as it was packed")
+    return 1 if problems else 0
+
+
+def bench_model(args: Namespace) -> int:
+    """Time a model."""
+    from mvit.benchmark import bench_model
+
+    _print_figures(bench_model(args.variant, batch_size=args.batch_size), args.json)
+    return 0
+
+
+def bench_data(args: Namespace) -> int:
+    """Time the data pipeline."""
+    from data_pipeline.benchmark import bench_data
+
+    import mvit
+
+    recipe = mvit.load_config(args.recipe, args.overrides)
+    _print_figures(bench_data(recipe.data, recipe.image), args.json)
+    return 0
+
+
+def _show_and_follow(args: Namespace, submission: "Submission") -> int:
+    if args.json:
+        print(json.dumps(submission.to_dict()), flush=True)
+    else:
+        print(submission, flush=True)
+    if args.follow:
+        from launcher.follow import follow
+
+        return follow(Path(submission.run_dir))
+    if not args.json:
+        print(f"watch it: mvit status {submission.run_dir} --follow; stop it: mvit stop {submission.run_dir}")
+    return 0
+
+
+def _split(args: Namespace) -> tuple[list[str], list[str]]:
+    """Separate the recipe's overrides from those of the cluster file."""
+    of_cluster = [word.removeprefix("cluster.") for word in args.overrides if word.startswith("cluster.")]
+    if args.nodes is not None:
+        of_cluster.append(f"nodes={args.nodes}")
+    return [word for word in args.overrides if not word.startswith("cluster.")], of_cluster
+
+
+def _print_figures(figures: Mapping[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(dict(figures)))
+        return
+    for key, value in figures.items():
+        print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")

@@ -1,0 +1,155 @@
+"""What submitit is told: the ranks' command lines, sbatch parameters and the batch script around them."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from submitit import LocalExecutor, SlurmExecutor
+
+from launcher.cluster import ClusterConfig, Placement
+from launcher.run_folder import RunFolder
+
+_NO_LIMIT_MIN = 60 * 24 * 365  # submitit's local executor wants a number; its own default is two minutes
+_NEVER_GIVE_UP = 1_000_000_000  # submitit takes preemptions for time-outs and counts them; requeue.py decides
+# A local job's controller has handlers for none of these, and a terminal or a careless kill sends them.
+_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGUSR2)
+
+
+class _UncheckedSlurmExecutor(SlurmExecutor):
+    """Slurm's executor where Slurm need not be installed: it only renders."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def slurm_executor(
+    run: RunFolder, attempt: int, name: str, cluster: ClusterConfig, placement: Placement, *, render_only: bool = False
+) -> SlurmExecutor:
+    """Build submitit's Slurm executor for one submission of a run.
+
+    Raises RuntimeError if Slurm is not installed here, unless the executor shall only render.
+    """
+    kind = _UncheckedSlurmExecutor if render_only else SlurmExecutor
+    # Until a rank has its handler, USR2 (at start-up, while torch is imported) would kill it: an ignored signal
+    # survives exec, a handler does not. `sh` since `env --ignore-signal` is missing before coreutils 8.31.
+    python = f"""sh -c 'trap "" USR2; exec "$@"' rank {shlex.quote(sys.executable)}"""
+    executor = kind(run.submitit_dir(attempt), max_num_timeout=_NEVER_GIVE_UP, python=python)
+    requeue = {"requeue": True} if cluster.requeue else {"no-requeue": True}
+    given = {
+        "cpus_per_task": cluster.cpus_per_rank,
+        "gpus_per_node": placement.gpus_per_node or None,
+        "mem": cluster.mem,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "comment": cluster.comment,
+    }
+    executor.update_parameters(
+        job_name=name,
+        nodes=placement.nodes,
+        ntasks_per_node=placement.ranks_per_node,
+        time=cluster.timeout_min,
+        signal_delay_s=cluster.signal_delay_s,
+        srun_args=["--kill-on-bad-exit=1"],  # else the other ranks wait for ever in a collective
+        setup=[*cluster.setup, *_exports(run, cluster)],
+        teardown=_teardown(run, attempt, cluster),
+        wckey=None,  # submitit's default would be "submitit"
+        additional_parameters=requeue | cluster.sbatch,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    return executor
+
+
+def render_batch_script(run: RunFolder, name: str, cluster: ClusterConfig, placement: Placement) -> str:
+    """Return the batch script that a submission would hand to sbatch; creates nothing, needs no Slurm."""
+    executor = slurm_executor(run, run.last_attempt() + 1, name, cluster, placement, render_only=True)
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+def local_executor(run: RunFolder, attempt: int, cluster: ClusterConfig, placement: Placement) -> LocalExecutor:
+    """Build submitit's local executor for one submission of a run."""
+    python = shlex.join([*local_command(run, attempt, cluster, placement), sys.executable])
+    executor = LocalExecutor(run.submitit_dir(attempt), max_num_timeout=_NEVER_GIVE_UP, python=python)
+    executor.update_parameters(
+        nodes=1,
+        tasks_per_node=placement.ranks_per_node,
+        gpus_per_node=placement.gpus_per_node,
+        timeout_min=cluster.timeout_min or _NO_LIMIT_MIN,
+        signal_delay_s=cluster.signal_delay_s,
+    )
+    return executor
+
+
+def local_command(run: RunFolder, attempt: int, cluster: ClusterConfig, placement: Placement) -> list[str]:
+    """Return what stands before a local rank's own command: its variables and its guard."""
+    variables = {**cluster.env, "PYTHONPATH": _python_path(run, os.environ.get("PYTHONPATH")), "PYTHONSAFEPATH": "1"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible and placement.gpus_per_node:  # submitit would number the devices from 0
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: placement.gpus_per_node])
+    settings = [f"{key}={value}" for key, value in variables.items()]
+    return ["env", *settings, sys.executable, "-m", "launcher.guard", str(run.attempt_dir(attempt))]
+
+
+@contextmanager
+def detached(log: Path) -> Iterator[None]:
+    """Let what is started inside survive this terminal: its signals are ignored, its output goes to a log.
+
+    Without it, Ctrl-C here would end a local job's controller, and a pipe reading our output would stay open as long
+    as the job runs.
+    """
+    assert threading.current_thread() is threading.main_thread(), "signals are the main thread's"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in _IGNORED}
+    saved = [os.dup(descriptor) for descriptor in (0, 1, 2)]
+    try:
+        with log.open("ab") as output, open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        yield
+    finally:
+        for descriptor, copy in enumerate(saved):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def _exports(run: RunFolder, cluster: ClusterConfig) -> list[str]:
+    """Return the lines that make every rank import the run's snapshot, and nothing from the working directory."""
+    code = shlex.quote(str(run.code_dir))
+    return [
+        *(f"export {key}={shlex.quote(value)}" for key, value in cluster.env.items()),
+        f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "export PYTHONSAFEPATH=1",
+    ]
+
+
+def _teardown(run: RunFolder, attempt: int, cluster: ClusterConfig) -> list[str]:
+    """Return the end of the batch script. The job is requeued from here, never from a rank.
+
+    A rank that calls `scontrol requeue` gets all ranks killed while they save.
+    """
+    decide = shlex.join([sys.executable, "-m", "launcher.requeue", str(run.path), str(attempt)])
+    policy = f"{int(cluster.requeue)} {cluster.max_failures_without_progress}"
+    return [
+        "rc=$?  # of srun: the highest exit code of a rank, 128 + n for signal n",
+        f'if {decide} "$rc" {policy}; then',
+        '  scontrol requeue "$SLURM_JOB_ID" && sleep 300  # the requeue ends this script',
+        "fi",
+        'exit "$rc"',
+    ]
+
+
+def _python_path(run: RunFolder, inherited: str | None) -> str:
+    return os.pathsep.join([str(run.code_dir), *([inherited] if inherited else [])])

@@ -1,0 +1,257 @@
+"""TrainJob: what runs on every rank, from submitit's environment to an exit code; and the same in this process."""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from launcher.preemption import EXIT_FAILED, EXIT_STOPPED, StopRequest
+from launcher.processes import identify
+from launcher.run_folder import RunFolder, rank_file, write_json
+from launcher.snapshot import verify_snapshot
+from launcher.status import close_lost_attempts
+
+if TYPE_CHECKING:
+    from mvit.config import RunConfig
+    from mvit.trainer import TrainResult
+
+_ADDRESS_FILE = "rendezvous.json"
+_ADDRESS_WAIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Which rank this process is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+        }
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """The callable that submitit pickles: run one rank of a training job.
+
+    Everything else is read from the run folder, so that a requeued life needs nothing from the one before.
+    """
+
+    run_dir: Path
+    first_attempt: int  # of this submission; Slurm's restart count is added
+    cpus_per_rank: int | None
+
+    def __call__(self) -> dict[str, object]:
+        """Train, and end the process by the project's exit codes: 0, 85 stopped, 86 failed.
+
+        Returns step and metrics of a finished run (submitit pickles them; nothing here reads them back).
+        """
+        stop = StopRequest()
+        stop.install()  # first: until now the signals were ignored
+        import submitit
+
+        environment = submitit.JobEnvironment()
+        is_slurm = environment.cluster == "slurm"
+        restart_count = int(os.environ.get("SLURM_RESTART_COUNT") or 0) if is_slurm else 0
+        run, attempt = RunFolder(self.run_dir), self.first_attempt + restart_count
+        place = RankPlace(
+            environment.global_rank,
+            environment.num_tasks,
+            environment.local_rank,
+            environment.num_tasks // environment.num_nodes,
+        )
+        attempt_dir = run.attempt_dir(attempt)
+        _redirect_output(rank_file(attempt_dir, place.rank, ".log"))
+        if is_slurm:  # a local rank's record is kept by its guard
+            _write_record(attempt_dir, place, exit_code=None)
+        if run.stop_file(attempt).exists():
+            stop.request("mvit stop")
+        try:
+            identity = run.identity()
+            os.chdir(identity["cwd"])  # relative paths of the recipe start where it was submitted
+            verify_snapshot(run.code_dir, identity["code_sha256"])
+            if is_slurm:
+                port = 15000 + (int(environment.raw_job_id) * 7 + restart_count) % 10000  # orphans keep theirs
+                address = (environment.hostnames[0], port)
+            else:
+                address = _agree_on_address(attempt_dir, place.rank)
+            _export(place, address, self.cpus_per_rank)
+            if place.rank == 0:
+                close_lost_attempts(run, before=attempt)
+                _record_start(run, attempt, place, environment.cluster, environment.job_id, environment.hostnames)
+            result = _train(run, stop, is_chief=place.rank == 0)
+        except BaseException as error:  # leave a trace, then no atexit: NCCL or a data worker may hang there
+            record_error(attempt_dir, place.rank, error)
+            if is_slurm:
+                _write_record(attempt_dir, place, exit_code=EXIT_FAILED)
+            _leave_now(EXIT_FAILED)
+        code = EXIT_STOPPED if result.stopped else 0
+        if is_slurm:
+            _write_record(attempt_dir, place, exit_code=code)
+        if result.stopped:
+            print(f"stopped at step {result.step} of {result.total_steps} on request ({stop.cause})", flush=True)
+            sys.exit(EXIT_STOPPED)  # SystemExit: submitit writes no result for it
+        return {"step": result.step, "metrics": dict(result.metrics)}
+
+
+def train_inline(config: "RunConfig", run: RunFolder) -> int:
+    """Train in this process (or as one rank of torchrun or srun) and return the exit code: 0, or 85 if stopped.
+
+    The run folder must be claimed already. Signals and Ctrl-C become a save and exit code 85. An exception is recorded
+    and raised again.
+    """
+    import mvit
+
+    stop = StopRequest()
+    stop.install(keyboard=True)
+    rank = export_srun_rank()
+    attempt = run.last_attempt() + 1
+    if rank == 0:
+        place = RankPlace(0, int(os.environ.get("WORLD_SIZE", "1")), 0, 1)
+        close_lost_attempts(run, before=attempt)
+        process = identify(os.getpid())
+        assert process is not None
+        job = {"process": process.to_dict()}
+        _record_start(run, attempt, place, "inline", str(os.getpid()), [socket.gethostname()], job)
+    try:
+        result = mvit.train(config, run_dir=run.path, stop_requested=stop)
+    except BaseException as error:
+        if rank == 0:
+            record_error(run.attempt_dir(attempt), rank, error, print_it=False)
+            detail = f"{type(error).__name__}: {error}"
+            run.append_event("end", attempt, cause="failed", detail=detail, requeued=False)
+        raise
+    if rank == 0:
+        cause = "stopped" if result.stopped else "finished"
+        detail = f"on request ({stop.cause})" if result.stopped else ""
+        run.append_event("end", attempt, cause=cause, detail=detail, step=result.step, requeued=False)
+    return EXIT_STOPPED if result.stopped else 0
+
+
+def export_srun_rank() -> int:
+    """Return this process's rank; under a plain `srun` of several tasks, export the variables torch reads first."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and tasks > 1 and "SLURM_STEP_ID" in os.environ:
+        from submitit.slurm.slurm import SlurmJobEnvironment
+
+        slurm = SlurmJobEnvironment()
+        place = RankPlace(slurm.global_rank, slurm.num_tasks, slurm.local_rank, slurm.num_tasks // slurm.num_nodes)
+        step = int(os.environ["SLURM_STEP_ID"]) + int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        port = 15000 + (int(slurm.raw_job_id) * 7 + step) % 10000
+        _export(place, (slurm.hostnames[0], port), None)
+    return int(os.environ.get("RANK", "0"))
+
+
+def record_error(attempt_dir: Path, rank: int, error: BaseException, print_it: bool = True) -> None:
+    """Write the exception that ends a rank where `mvit status` and `--follow` find it, and to stderr."""
+    text = "".join(traceback.format_exception(error))
+    write_json(
+        rank_file(attempt_dir, rank, ".error.json"),
+        {
+            "rank": rank,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time": time.time(),
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": text,
+        },
+    )
+    if print_it:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _train(run: RunFolder, stop: StopRequest, is_chief: bool) -> "TrainResult":
+    import mvit
+
+    config = mvit.load_config(run.config_file)
+    return mvit.train(config, run_dir=run.path, stop_requested=stop, show_progress=is_chief)
+
+
+def _redirect_output(log: Path) -> None:
+    """Send this process's output, that of C libraries included, to the rank's own log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"output continues in {log}", flush=True)
+    sys.stderr.flush()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _agree_on_address(attempt_dir: Path, rank: int) -> tuple[str, int]:
+    """Let rank 0 pick a free port of this machine and tell the others through a file of the attempt."""
+    path = attempt_dir / _ADDRESS_FILE
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        write_json(path, {"port": port})
+        return "127.0.0.1", port
+    deadline = time.monotonic() + _ADDRESS_WAIT_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank 0 did not write {path} within {_ADDRESS_WAIT_S:.0f} s")
+        time.sleep(0.05)
+    return "127.0.0.1", int(json.loads(path.read_text())["port"])
+
+
+def _export(place: RankPlace, address: tuple[str, int], cpus_per_rank: int | None) -> None:
+    os.environ.update(place.environment, MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+    cpus = cpus_per_rank or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
+
+
+def _record_start(
+    run: RunFolder,
+    attempt: int,
+    place: RankPlace,
+    executor: str,
+    job_id: str,
+    hosts: Sequence[str],
+    job: Mapping[str, object] | None = None,
+) -> None:
+    run.append_event(
+        "start",
+        attempt,
+        executor=executor,
+        job_id=job_id,
+        world_size=place.world_size,
+        hosts=list(hosts),
+        checkpoint_step=run.checkpoint_step(),
+        **(job or {}),
+    )
+
+
+def _write_record(attempt_dir: Path, place: RankPlace, exit_code: int | None) -> None:
+    process = identify(os.getpid())
+    assert process is not None
+    record: dict[str, object] = {
+        "rank": place.rank,
+        "world_size": place.world_size,
+        "pid": os.getpid(),
+        "process": process.to_dict(),
+        "written": time.time(),
+    }
+    if exit_code is not None:
+        record |= {"ended": time.time(), "exit_code": exit_code, "signal": None}
+    write_json(rank_file(attempt_dir, place.rank, ".json"), record)
+
+
+def _leave_now(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

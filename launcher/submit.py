@@ -1,0 +1,201 @@
+"""Submitting a run: its folder with resolved config and code snapshot, then one attempt through submitit."""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from launcher.cluster import ClusterConfig, ClusterError, Placement, parse_cluster, place
+from launcher.identity import describe_run
+from launcher.job import TrainJob
+from launcher.processes import identify
+from launcher.run_folder import RunFolder, RunFolderError, claim, refuse_foreign, write_json
+from launcher.snapshot import take_snapshot
+from launcher.status import run_state
+
+if TYPE_CHECKING:
+    from mvit.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job on its way."""
+
+    run_dir: str
+    attempt: int
+    executor: str
+    job_id: str
+    world_size: int
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.executor} job {self.job_id}: attempt {self.attempt}, {self.world_size} rank(s)\n"
+            f"run folder: {self.run_dir}"
+        )
+
+
+def create_run(config: "RunConfig", command: Sequence[str], cluster: ClusterConfig | None = None) -> RunFolder:
+    """Claim the run folder and put the resolved config and the code snapshot into it.
+
+    Raises RunFolderError when the folder belongs to something else; then nothing was changed.
+    """
+    run = RunFolder(config.run_dir.absolute())
+    claim(run, {"name": config.name, "id": "being created", "created": time.strftime("%Y-%m-%d %H:%M:%S %z")})
+    try:
+        run.config_file.write_text(config.to_yaml())
+        code_sha256 = take_snapshot(run.code_dir)
+        settings = None if cluster is None else cluster.model_dump(mode="json", exclude_defaults=True)
+        write_json(run.run_file, describe_run(config.name, command, code_sha256, settings))
+    except BaseException:
+        shutil.rmtree(run.path)  # ours alone: it was absent or empty a moment ago
+        raise
+    return run
+
+
+def submit_new(config: "RunConfig", cluster: ClusterConfig, command: Sequence[str]) -> Submission:
+    """Create a run and submit its first attempt.
+
+    Raises ConfigError, ClusterError or RunFolderError before anything is created; after a refused submission the folder
+    is removed again, so that the same command can be repeated.
+    """
+    placement = place(cluster)
+    config.batch_arithmetic(placement.world_size)
+    run = create_run(config, command, cluster)
+    try:
+        return _submit_attempt(run, cluster, placement)
+    except BaseException:
+        if not run.events():
+            shutil.rmtree(run.path)
+        raise
+
+
+def submit_resume(run: RunFolder, config: "RunConfig", cluster: ClusterConfig) -> Submission:
+    """Submit the next attempt of a run; it continues from the newest valid checkpoint with the run's own code.
+
+    Raises RunFolderError while the run is pending or running, or when it is finished.
+    """
+    refuse_active(run)
+    placement = place(cluster)
+    config.batch_arithmetic(placement.world_size)
+    run.config_file.write_text(config.to_yaml())
+    return _submit_attempt(run, cluster, placement)
+
+
+def dry_run(config: "RunConfig", cluster: ClusterConfig) -> str:
+    """Return what a submission would do: batch arithmetic, run folder, batch script. Creates nothing.
+
+    Raises what `submit_new` would raise before it creates anything.
+    """
+    from launcher.executors import local_command, render_batch_script
+
+    placement = place(cluster)
+    arithmetic = config.batch_arithmetic(placement.world_size)
+    run = RunFolder(config.run_dir.absolute())
+    refuse_foreign(run)
+    lines = [
+        f"# run folder: {run.path}",
+        f"# ranks: {placement.nodes} node(s) x {placement.ranks_per_node} = {placement.world_size}, "
+        f"{placement.gpus_per_node} GPU(s) per node",
+        *(f"# {line}" for line in str(arithmetic).splitlines()),
+        "# nothing was created or submitted",
+        "",
+    ]
+    if cluster.executor == "slurm":
+        return "\n".join([*lines, render_batch_script(run, config.name, cluster, placement)])
+    command = " ".join(local_command(run, 1, cluster, placement))
+    return "\n".join([*lines, f"# no batch script with executor: local; each rank runs under\n{command}"])
+
+
+def saved_cluster(run: RunFolder, overrides: Sequence[str] = ()) -> ClusterConfig | None:
+    """Return the cluster a run was submitted to, changed by `key=value`; None for a run of `mvit train`.
+
+    Raises ClusterError for overrides of a run that has no cluster.
+    """
+    settings = run.identity().get("cluster")
+    if settings is None:
+        if overrides:
+            raise ClusterError(
+                f"{run.path} was trained in a process of its own and has no cluster to change with "
+                f"{' '.join(overrides)}. Submit it to one: mvit resume {run.path} --cluster FILE"
+            )
+        return None
+    return parse_cluster(settings, str(run.run_file), overrides)
+
+
+def resumed_config(run: RunFolder, overrides: Sequence[str]) -> "RunConfig":
+    """Read a run's own config, changed by `key=value` where that does not change what is computed.
+
+    Raises RunFolderError naming the keys that may not change within a run.
+    """
+    import mvit
+    from mvit.run_folder import differences
+
+    run.identity()  # says so if this is no run
+    saved = mvit.load_config(run.config_file)
+    config = mvit.load_config(run.config_file, list(overrides))
+    if changed := differences(saved, config):
+        raise RunFolderError(
+            f"{run.path} cannot continue with other settings: {'; '.join(changed)}. Submit them as a new run with "
+            "another name=…"
+        )
+    return config
+
+
+def enter_run(run: RunFolder) -> None:
+    """Prepare this process to continue a run: the run must be at rest, and its relative paths must lead on."""
+    refuse_active(run)
+    os.chdir(run.identity()["cwd"])
+
+
+def refuse_active(run: RunFolder) -> None:
+    """Raise RunFolderError if the run is pending, running or finished: no second job may enter its folder."""
+    state = run_state(run.path)
+    if state.state in ("pending", "running"):
+        raise RunFolderError(
+            f"{run.path} is {state.state} (attempt {state.attempt}, job {state.job_id}). Watch it with "
+            f"`mvit status {run.path} --follow`, or end it first: `mvit stop {run.path}`."
+        )
+    if state.state == "finished":
+        raise RunFolderError(
+            f"{run.path} is finished, at step {state.step}: there is nothing to resume. To train on, start a run with "
+            "another name=… from its weights."
+        )
+
+
+def _submit_attempt(run: RunFolder, cluster: ClusterConfig, placement: Placement) -> Submission:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    from launcher.executors import detached, local_executor, slurm_executor
+
+    if "%" in str(run.path):
+        raise RunFolderError(f"{run.path}: submitit gives '%' a meaning of its own, choose a path without it.")
+    attempt = run.last_attempt() + 1
+    run.attempt_dir(attempt).mkdir(parents=True, exist_ok=True)
+    run.submitit_dir(attempt).mkdir(parents=True, exist_ok=True)
+    job, process = TrainJob(run.path, attempt, cluster.cpus_per_rank), None
+    try:
+        if cluster.executor == "slurm":
+            name = str(run.identity()["name"])
+            job_id = slurm_executor(run, attempt, name, cluster, placement).submit(job).job_id
+        else:
+            executor = local_executor(run, attempt, cluster, placement)
+            with detached(run.submitit_dir(attempt) / "controller.log"):
+                job_id = executor.submit(job).job_id  # the pid of its controller
+            controller = identify(int(job_id))
+            process = None if controller is None else controller.to_dict()
+    except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
+        raise ClusterError(f"the submission was refused: {error}") from error
+    run.append_event(
+        "submit",
+        attempt,
+        executor=cluster.executor,
+        job_id=job_id,
+        world_size=placement.world_size,
+        process=process,
+    )
+    return Submission(str(run.path), attempt, cluster.executor, job_id, placement.world_size)
