@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from torch import Tensor
-
 from mvit.model.attention import AttentionForm
 from mvit.model.backbone import NUM_STAGES, AbsolutePositions, Expand, MViT, RelativePositions
 from mvit.model.heads import READOUTS, Readout
@@ -69,7 +67,7 @@ def create_model(
     class_token: bool | None = None,
     expand: Expand | None = None,
     drop_path: float | Sequence[float] = 0.0,
-    weights: str | Path | Mapping[str, Tensor] | None = None,
+    weights: str | Path | Mapping[str, object] | None = None,
     *,
     allow_new_head: bool = False,
     readout: Readout | None = None,

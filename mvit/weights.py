@@ -44,7 +44,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_weights(model: MViT, source: str | Path | Mapping[str, Tensor], *, allow_new_head: bool = False) -> LoadReport:
+def load_weights(model: MViT, source: str | Path | Mapping[str, object], *, allow_new_head: bool = False) -> LoadReport:
     """Set the parameters of `model` from a file or a state dict in any published naming, which is detected.
 
     Position tables of another input size are interpolated and reported. `allow_new_head` starts a fresh classifier

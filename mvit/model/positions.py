@@ -1,6 +1,5 @@
 """Where tokens are: decomposed relative positions (MViTv2 §4.1, eq. 4) and learned absolute positions."""
 
-import ctypes
 import math
 from collections.abc import Sequence
 
@@ -26,10 +25,16 @@ def relative_index(q_size: int, k_size: int, device: torch.device) -> Tensor:
     which is the same number and cannot be contracted into a fused multiply-add by a compiler.
     """
     q_step, k_step = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
-    queries = torch.arange(q_size, dtype=torch.float64, device=device) * ctypes.c_float(q_step).value
-    keys = torch.arange(k_size, dtype=torch.float64, device=device) * ctypes.c_float(k_step).value
-    distance = queries.float()[:, None] - keys.float()[None, :]
+    queries = _products(q_size, q_step, device)
+    keys = _products(k_size, k_step, device)
+    distance = queries[:, None] - keys[None, :]
     return (distance + (k_size - 1) * k_step).long()
+
+
+def _products(size: int, step: float, device: torch.device) -> Tensor:
+    """Return [0, 1, …] · step, each rounded once to single precision."""
+    single = torch.full((), step, dtype=torch.float32, device=device)
+    return (torch.arange(size, dtype=torch.float64, device=device) * single.double()).float()
 
 
 def resize_table(table: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mvit.model.attention import PoolingAttention
 from mvit.model.backbone import MViT
 from mvit.model.block import DropPath, pool_skip
 from mvit.model.convert import layer_index
@@ -159,13 +160,16 @@ def test_autocast_trains_with_float32_gradients() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.slow
-def test_compiled_model_gives_the_same_logits_and_gradients() -> None:
-    model = small_model(class_token=True).train()
+@pytest.mark.parametrize("form", ["matmul", "fused"])
+def test_the_model_is_one_graph_for_torch_compile(form: str) -> None:
+    """Forward and backward are captured without a break; the code generator itself is left to the slow test below."""
+    model = small_model(class_token=True, drop_path=0.3).train()
+    model.set_attention_form(form)
     images = torch.randn(2, 3, 48, 64)
     loss, grads = loss_and_grads(model, images)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model.zero_grad()
+    torch.manual_seed(7)
     compiled_loss = compiled(images).square().sum()
     compiled_loss.backward()
     assert torch.allclose(compiled_loss, loss, rtol=1e-5)
@@ -173,6 +177,18 @@ def test_compiled_model_gives_the_same_logits_and_gradients() -> None:
         assert parameter.grad is not None
         if not name.endswith("norm_k.bias"):
             assert torch.allclose(parameter.grad, grads[name], rtol=1e-4, atol=1e-4 * grads[name].abs().max().item())
+
+
+@pytest.mark.slow
+def test_compiled_attention_gives_the_same_output_and_gradients() -> None:
+    attention = PoolingAttention(24, 24, 2, (1, 1), (2, 2), [(13, 7)] * 2, class_token=True)
+    x = torch.randn(2, 1 + 13 * 7, 24, requires_grad=True)
+    out, _ = attention(x, (13, 7))
+    (expected,) = torch.autograd.grad(out.square().sum(), x)
+    compiled_out, _ = torch.compile(attention, fullgraph=True)(x, (13, 7))
+    (grad,) = torch.autograd.grad(compiled_out.square().sum(), x)
+    assert torch.allclose(compiled_out, out, atol=1e-5)
+    assert torch.allclose(grad, expected, atol=1e-4)
 
 
 def test_layers_for_learning_rate_decay_go_from_the_patches_to_the_head() -> None:
