@@ -213,9 +213,17 @@ def _add_data(group: "argparse._SubParsersAction") -> None:
         "mvit data pack imagefolder photos/train shards/train",
     )
     pack.add_argument("source", choices=("imagefolder", "digits"), help="kind of data set")
-    pack.add_argument("paths", nargs="+", metavar="[SRC] OUT", help="folder of class folders (imagefolder), then OUT")
-    pack.add_argument("--samples-per-shard", type=int, metavar="N", help="most samples of one shard")
-    pack.add_argument("--mib-per-shard", type=float, metavar="MIB", help="largest size of one shard")
+    pack.add_argument("src", nargs="?", metavar="SRC", help="imagefolder: a tree [split/]class/picture")
+    pack.add_argument("out", metavar="OUT", help="folder to write; it gets one folder per split")
+    pack.add_argument("--layout", choices=("auto", "splits", "classes"), default="auto", help="what SRC's folders are")
+    pack.add_argument("--holdout", type=float, default=0.0, metavar="PART", help="part of each class for validation")
+    pack.add_argument("--max-samples", type=int, metavar="N", help="most samples in a shard")
+    pack.add_argument("--max-bytes", type=int, metavar="N", help="size at which a shard is closed")
+    pack.add_argument("--seed", type=int, metavar="N", help="seeds the order of the samples")
+    pack.add_argument("--workers", type=int, metavar="N", help="threads that decode for checking")
+    pack.add_argument("--strict", action="store_true", help="stop at the first file that is no readable picture")
+    pack.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _json(pack)
 
     check = _command(
         data, "check", commands.data_check, "verify every byte of packed shards", "mvit data check shards/train"

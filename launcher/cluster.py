@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from data_pipeline.settings import Settings
 
@@ -47,13 +47,13 @@ class ClusterConfig(Settings):
 
     executor: Literal["local", "slurm"]
     """`local`: processes of this machine; `slurm`: a batch job."""
-    nodes: int = Field(default=1, ge=1)
+    nodes: PositiveInt = 1
     """Machines of one job."""
-    gpus_per_node: int | Literal["auto"] = Field(default=0, ge=0)
+    gpus_per_node: NonNegativeInt | Literal["auto"] = 0
     """GPUs asked for on each node; 0: the ranks compute on CPUs; `auto` (local only): all that are visible."""
-    ranks_per_node: int | Literal["auto"] = Field(default="auto", ge=1)
+    ranks_per_node: PositiveInt | Literal["auto"] = "auto"
     """Processes on each node; `auto`: one per GPU, or 2 on a local machine without GPUs."""
-    cpus_per_rank: int | None = Field(default=None, ge=1)
+    cpus_per_rank: PositiveInt | None = None
     """CPU cores of each rank, data workers included; also its OMP_NUM_THREADS."""
     mem: str | None = None
     """Memory per node in sbatch's notation, `0` for all of it."""
@@ -63,13 +63,13 @@ class ClusterConfig(Settings):
     constraint: str | None = None
     exclude: str | None = None
     comment: str | None = None
-    timeout_min: int | None = Field(default=None, ge=1)
+    timeout_min: PositiveInt | None = None
     """Time limit of one life of the job in minutes; None (local only): no limit."""
-    signal_delay_s: int = Field(default=180, ge=1)
+    signal_delay_s: PositiveInt = 180
     """Seconds before the time limit at which the job is told to save: more than a save, a step and a minute."""
     requeue: bool = True
     """Whether the job goes back to the queue after a time limit, a preemption or a failure."""
-    max_failures_without_progress: int = Field(default=3, ge=1)
+    max_failures_without_progress: PositiveInt = 3
     """Failed lives in a row without a newer checkpoint after which the job is not requeued any more."""
     setup: tuple[str, ...] = ()
     """Shell commands of the batch script before the ranks start (`module load …`)."""

@@ -3,7 +3,8 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,29 +147,37 @@ def checkpoint_list(args: Namespace) -> int:
 
 def data_pack(args: Namespace) -> int:
     """Pack a data set into shards."""
-    from data_pipeline.pack import pack_digits, pack_imagefolder
+    from data_pipeline.pack import PackOptions, pack_digits, pack_imagefolder
 
+    given = {name: getattr(args, name) for name in ("max_samples", "max_bytes", "seed", "workers")}
+    chosen = {name: value for name, value in given.items() if value is not None}
     if args.source == "imagefolder":
-        if len(args.paths) != 2:
-            raise ValueError("`mvit data pack imagefolder` takes two folders: SRC (one folder per class) and OUT.")
-        pack_imagefolder(Path(args.paths[0]), Path(args.paths[1]))
+        options = PackOptions(**chosen, strict=args.strict, overwrite=args.overwrite)
+        if args.src is None:
+            raise ValueError("`mvit data pack imagefolder` takes two folders: SRC, which holds the classes, and OUT.")
+        with _counting(args.json) as count:
+            report = pack_imagefolder(
+                args.src, args.out, layout=args.layout, holdout=args.holdout, options=options, progress=count
+            )
     else:
-        if len(args.paths) != 1:
+        if args.src is not None:
             raise ValueError("`mvit data pack digits` takes one folder, OUT: the data ships with scikit-learn.")
-        pack_digits(Path(args.paths[0]))
+        digits = {"max_samples": 256} | chosen
+        options = PackOptions(**digits, strict=args.strict, overwrite=args.overwrite)
+        with _counting(args.json) as count:
+            report = pack_digits(args.out, options=options, progress=count)
+    print(json.dumps(report.as_dict()) if args.json else report)
     return 0
 
 
 def data_check(args: Namespace) -> int:
-    """Verify shards."""
-    from data_pipeline.pack import check_shards
+    """Verify shards; exit code 1 when something is wrong."""
+    from data_pipeline.check import check_shards
 
-    problems = check_shards(Path(args.shards))
-    if args.json:
-        print(json.dumps({"shards": args.shards, "problems": problems}))
-    else:
-        print("\n".join(problems) or f"{args.shards}: every byte is as it was packed")
-    return 1 if problems else 0
+    with _counting(args.json) as count:
+        report = check_shards(args.shards, progress=count)
+    print(json.dumps(report.as_dict()) if args.json else report)
+    return 0 if report.ok else 1
 
 
 def bench_model(args: Namespace) -> int:
@@ -218,3 +227,15 @@ def _print_figures(figures: Mapping[str, object], as_json: bool) -> None:
         return
     for key, value in figures.items():
         print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+
+
+@contextmanager
+def _counting(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Show `done of total` as a bar while the block runs."""
+    from mvit.progress import ProgressDisplay
+
+    if quiet:
+        yield None
+        return
+    with ProgressDisplay() as display:
+        yield lambda done, total: display.update({"kind": "progress", "step": done, "total_steps": total})

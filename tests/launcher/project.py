@@ -34,15 +34,15 @@ class Project:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(self.tree), "PYTHONSAFEPATH": "1"}
 
-    def mvit(self, *arguments: str, timeout: float = WAIT_S) -> subprocess.CompletedProcess[str]:
+    def mvit(self, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run one command to its end."""
         return subprocess.run(
             [sys.executable, "-m", "launcher.cli", *arguments],
             cwd=self.root,
-            env=self.environment(),
+            env=environment or self.environment(),
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=WAIT_S,
         )
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
