@@ -72,7 +72,7 @@ def status(args: Namespace) -> int:
 
     run_dir = Path(args.run_dir).absolute()
     if args.follow:
-        return follow(run_dir)
+        return follow(run_dir, as_json=args.json)
     state = run_state(run_dir)
     if args.json:
         print(json.dumps(state.to_dict()))
@@ -207,7 +207,7 @@ def _show_and_follow(args: Namespace, submission: "Submission") -> int:
     if args.follow:
         from launcher.follow import follow
 
-        return follow(Path(submission.run_dir))
+        return follow(Path(submission.run_dir), as_json=args.json)
     if not args.json:
         print(f"watch it: mvit status {submission.run_dir} --follow; stop it: mvit stop {submission.run_dir}")
     return 0

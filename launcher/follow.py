@@ -1,19 +1,23 @@
 """Staying with a run: its progress as its records grow, and its outcome as an exit code."""
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder, parse_json_line
-from launcher.status import RunState, failure_text, run_state
+from launcher.status import failure_text, judge, poll_interval_s, run_state
 from launcher.stop import request_stop
 from mvit.progress import ProgressDisplay
 
 EXIT_CODES = {"finished": 0, "stopped": EXIT_STOPPED, "failed": 1}
 EXIT_DETACHED = 130  # Ctrl-C here; the run itself goes on
+_POLL_S = 0.3
 
 
 class RecordTail:
@@ -44,53 +48,58 @@ class RecordTail:
         return new
 
 
-def follow(run_dir: Path, poll_s: float = 0.3) -> int:
+def follow(run_dir: Path, as_json: bool = False) -> int:
     """Show a run's progress until it ends; return 0 finished, 85 stopped on request, 1 failed, 130 detached.
 
-    A failed run's first failing rank and its traceback are printed to stderr. Ctrl-C asks whether to leave the run
-    going; it is never ended without an answer.
+    A failed run's first failing rank and its traceback are printed to stderr. With `as_json` the progress goes there
+    too, and the final state to stdout. Ctrl-C asks whether to leave the run going; it is never ended unasked.
     """
     run = RunFolder(run_dir)
+    run.identity()  # says so if this is no run
+    console = Console(stderr=as_json)
     tail = RecordTail(run.metrics_file)
     earlier = [record for record in tail.read() if record.get("kind") == "train"]
-    asked = False
     while True:
         try:
-            with ProgressDisplay() as display:
+            with ProgressDisplay(console=console) as display:
                 for record in earlier[-1:]:
                     display.update(record)
-                state = _until_end(run_dir, tail, display, poll_s)
+                _until_end(run, tail, display)
+            return _report(run, console, as_json)
         except KeyboardInterrupt:
-            if asked or _leave_it_running(run_dir):
-                print(
+            earlier = []
+            if _leave_it_running(run_dir):
+                text = (
                     f"{run_dir} goes on. Watch it again: mvit status {run_dir} --follow; stop it: mvit stop {run_dir}"
                 )
+                console.print(text, markup=False, soft_wrap=True)
                 return EXIT_DETACHED
-            asked, earlier = True, []
-            continue
-        return _report(run, state)
 
 
-def _until_end(run_dir: Path, tail: RecordTail, display: ProgressDisplay, poll_s: float) -> RunState:
-    shown = None
+def _until_end(run: RunFolder, tail: RecordTail, display: ProgressDisplay) -> None:
+    shown, judged_at, judgement = None, float("-inf"), None
     while True:
-        state = run_state(run_dir)  # before the records: those written before an end are then all shown
-        for record in tail.read():
+        if judgement is None or time.monotonic() - judged_at >= poll_interval_s(judgement.executor):
+            judgement, judged_at = judge(run), time.monotonic()
+        for record in tail.read():  # after the judgement: what was written before an end is then all shown
             display.update(record)
-        if state.state in EXIT_CODES:
-            return state
-        if (state.state, state.attempt) != shown:
-            shown = (state.state, state.attempt)
-            display.note(f"{state.name}: {state.state}, attempt {state.attempt}")
-        time.sleep(poll_s)
+        if judgement.state in EXIT_CODES:
+            return
+        if (judgement.state, judgement.attempt) != shown:
+            shown = (judgement.state, judgement.attempt)
+            display.note(f"{judgement.state}, attempt {judgement.attempt}")
+        time.sleep(_POLL_S)
 
 
-def _report(run: RunFolder, state: RunState) -> int:
-    print(str(state), flush=True)
+def _report(run: RunFolder, console: Console, as_json: bool) -> int:
+    state = run_state(run.path)
+    console.print(str(state), markup=False, highlight=False, soft_wrap=True)
     if state.state == "failed":
         print(failure_text(run, state.attempt), file=sys.stderr, flush=True)
     elif state.state == "stopped":
-        print(f"continue with: mvit resume {run.path}", flush=True)
+        console.print(f"continue with: mvit resume {run.path}", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(state.to_dict()), flush=True)
     return EXIT_CODES[state.state]
 
 

@@ -56,29 +56,42 @@ class Failure:
     text: str  # the traceback, or what else is known
 
 
-def run_state(run_dir: str | Path) -> RunState:
+@dataclass(frozen=True)
+class Judgement:
+    """What a run is doing, without its figures."""
+
+    state: State
+    detail: str  # why, in one line; empty when the state says it all
+    attempt: int
+    executor: str  # local | slurm | inline (`mvit train`) | none
+    job_id: str | None
+
+
+def judge(run: RunFolder) -> Judgement:
     """Find out the state of a run from its records and, where they are silent, from its processes or Slurm.
 
-    Raises RunFolderError when the folder is not a run.
+    For a Slurm job this asks squeue: do not call it in a tight loop. Raises RunFolderError when this is no run.
     """
-    run = RunFolder(Path(run_dir))
-    identity = run.identity()
     events = run.events()
     attempt = max((event["attempt"] for event in events), default=0)
     latest = [event for event in events if event["attempt"] == attempt]
     facts = {key: value for event in latest for key, value in event.items()}
-    state, detail = _state(run, attempt, latest)
+    state, detail = _state(run, attempt, latest, facts)
+    return Judgement(state, detail, attempt, str(facts.get("executor", "none")), facts.get("job_id"))
+
+
+def run_state(run_dir: str | Path) -> RunState:
+    """Return a run's state with its latest figures. Raises RunFolderError when the folder is not a run."""
+    run = RunFolder(Path(run_dir))
+    identity = run.identity()
+    judgement = judge(run)
     records = list(read_json_lines(run.metrics_file))
     train = next((record for record in reversed(records) if record.get("kind") == "train"), {})
     evaluation = next((record for record in reversed(records) if record.get("kind") == "evaluate"), {})
     return RunState(
         run_dir=str(run.path),
         name=str(identity.get("name")),
-        state=state,
-        detail=detail,
-        attempt=attempt,
-        executor=str(facts.get("executor", "none")),
-        job_id=facts.get("job_id"),
+        **asdict(judgement),
         step=int(train.get("step", 0)),
         total_steps=train.get("total_steps"),
         checkpoint_step=run.checkpoint_step(),
@@ -87,7 +100,7 @@ def run_state(run_dir: str | Path) -> RunState:
     )
 
 
-def _state(run: RunFolder, attempt: int, latest: list[dict[str, Any]]) -> tuple[State, str]:
+def _state(run: RunFolder, attempt: int, latest: list[dict[str, Any]], facts: dict[str, Any]) -> tuple[State, str]:
     """Judge by the latest attempt: its end if recorded, else whether its processes or its job still live."""
     if not latest:
         return "failed", "its submission was not completed: no attempt is recorded"
@@ -97,7 +110,6 @@ def _state(run: RunFolder, attempt: int, latest: list[dict[str, Any]]) -> tuple[
             return "pending", f"requeued: {end['detail']}"
         return end["cause"], end.get("detail") or ""
     started = any(event["event"] == "start" for event in latest)
-    facts = {key: value for event in latest for key, value in event.items()}
     running: State = "running" if started else "pending"
     if facts["executor"] == "slurm":
         queue = slurm_job_state(facts["job_id"])
@@ -216,12 +228,17 @@ def close_lost_attempts(run: RunFolder, before: int) -> None:
             run.append_event("end", attempt, cause="failed", detail="ended without a record", requeued=False)
 
 
-def wait_for_end(run_dir: str | Path, timeout_s: float, poll_s: float = 0.2) -> RunState:
+def poll_interval_s(executor: str) -> float:
+    """Return how often to ask for a run's state: Slurm's controller serves others too."""
+    return 10.0 if executor == "slurm" else 0.3
+
+
+def wait_for_end(run_dir: str | Path, timeout_s: float) -> RunState:
     """Wait until a run is stopped, failed or finished, at most `timeout_s`; return its state then."""
-    deadline = time.monotonic() + timeout_s
-    while (state := run_state(run_dir)).state in ("pending", "running") and time.monotonic() < deadline:
-        time.sleep(poll_s)
-    return state
+    run, deadline = RunFolder(Path(run_dir)), time.monotonic() + timeout_s
+    while (now := judge(run)).state in ("pending", "running") and time.monotonic() < deadline:
+        time.sleep(poll_interval_s(now.executor))
+    return run_state(run_dir)
 
 
 def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks: dict[int, str]) -> Failure:

@@ -54,6 +54,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def submit(self, *overrides: str, follow: bool = False) -> subprocess.CompletedProcess[str]:

@@ -164,6 +164,18 @@ def test_submit_returns_while_the_job_runs_and_a_reader_of_its_output_is_not_kep
     assert project.status()["state"] in ("pending", "running")
 
 
+def test_ctrl_c_while_following_leaves_the_job_running(project: Project) -> None:
+    follower = project.start("submit", "recipe.yaml", "--cluster", "cluster.yaml", "--follow", *LONG)
+    project.wait_for_training()
+    os.killpg(follower.pid, signal.SIGINT)  # a terminal sends it to the whole foreground group
+    output, _ = follower.communicate(timeout=30)
+
+    assert follower.returncode == 130
+    assert f"mvit status {project.run_dir} --follow" in output
+    step = project.status()["step"]
+    wait_until(lambda: project.status()["step"] > step, timeout=10)
+
+
 def _lives(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
