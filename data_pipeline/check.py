@@ -201,11 +201,11 @@ def _check_whole(
     sources = part / manifest["sources"]["name"]
     try:
         lines = sources.read_bytes()
+        if hashlib.sha256(lines).hexdigest() != manifest["sources"]["sha256"]:
+            report.problems.append(f"{sources}: its bytes are not those that were packed (SHA-256 differs)")
         traced = [tuple(json.loads(line)[:2]) for line in lines.splitlines()]
     except (OSError, ValueError, TypeError) as error:
         report.problems.append(f"{sources} cannot be read: {error}")
         return
-    if hashlib.sha256(lines).hexdigest() != manifest["sources"]["sha256"]:
-        report.problems.append(f"{sources}: its bytes are not those that were packed (SHA-256 differs)")
     if traced != keys:
         report.problems.append(f"{sources} lists {len(traced)} samples, the shards hold {len(keys)}, or others")

@@ -177,7 +177,7 @@ def _write_split(
     digits = max(6, len(str(len(samples))))
     pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
     # Time 0 makes the shards' bytes a function of the source and the options.
-    with ShardWriter(pattern, options.max_samples, options.max_bytes, verbose=0, encoder=False, mtime=0.0) as writer:
+    with ShardWriter(pattern, options.max_samples, options.max_bytes, verbose=0, encoder=False, mtime=0) as writer:
         for sample, content, problem in _read_and_check((samples[i] for i in order.tolist()), options.workers):
             one_more()
             if problem:

@@ -212,10 +212,11 @@ def _read_head(path: str) -> IndexHead | None:
             start = file.read(len(MAGIC) + 8)
             if not start.startswith(MAGIC):
                 return None
-            length = int.from_bytes(start[len(MAGIC) :], "little")
+            size = os.fstat(file.fileno()).st_size
+            length = min(int.from_bytes(start[len(MAGIC) :], "little"), size)
             head = IndexHead(**json.loads(file.read(length)))
             arrays = 8 * (3 * head.num_samples + 2 + 3 * head.num_members)
-            whole = len(start) + length + arrays + head.key_bytes == os.fstat(file.fileno()).st_size
+            whole = len(start) + length + arrays + head.key_bytes == size
     except (OSError, ValueError, TypeError):
         return None
     return head if whole else None

@@ -274,6 +274,6 @@ def _read_fully(file: int, offset: int, size: int, path: str) -> bytes:
     while len(data) < size:  # one pread returns at most 2 GiB
         more = os.pread(file, size - len(data), offset + len(data))
         if not more:
-            raise ShardError(f"Shard {path}: it was cut at byte {offset + len(data)} after this run opened it.")
+            raise ShardError(f"Shard {path}: it was cut before byte {offset + size} after this run opened it.")
         data += more
     return data
