@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from data_pipeline.image import ImageConfig
-from data_pipeline.loader import DataConfig
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from data_pipeline.image import ImageConfig
+from data_pipeline.loader import DataConfig
 from data_pipeline.settings import Settings
 from mvit.optim import OptimConfig
 from mvit.schedule import ScheduleConfig

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_pipeline.shards import ShardSet, open_shards
 from torch import Tensor
 
 from data_pipeline.loader import EvaluationLoader
+from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
 from mvit.checkpoint import CheckpointError, newest_valid
 from mvit.checkpoint_load import whole_weights

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from data_pipeline.shards import ShardSet, open_shards
 from torch import Tensor
 
 from data_pipeline.loader import TrainLoader
+from data_pipeline.mixup import check_micro_batch
 from data_pipeline.order import derive_seed
+from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
 from mvit.checkpoint import (
     CheckpointError,
@@ -29,7 +30,7 @@ from mvit.evaluation import evaluation_loader, open_validation, run_evaluation
 from mvit.guard import FiniteGuard
 from mvit.metrics import RunLog, Speedometer, forward_flops, peak_flops, peak_memory_gib
 from mvit.optim import parameter_groups
-from mvit.run_folder import claim
+from mvit.run_identity import claim
 from mvit.schedule import learning_rate
 from mvit.tasks import create_task
 from mvit.tasks.base import Task
@@ -82,9 +83,10 @@ class _Run:
         self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision = fp16 does not run on CPUs; use train.precision=bf16 or fp32")
-        _on_main_first(lambda: claim(run_dir, config), ranks, "claiming the run folder")
+        check_micro_batch(config.image, config.train.micro_batch_size)
         self.shards, self.validation = _open_data(config, ranks)
         self.total_steps = config.total_steps(len(self.shards))
+        _on_main_first(lambda: claim(run_dir, config), ranks, "claiming the run folder")
         self.task: Task = create_task(config)
         self.loader = TrainLoader(
             self.shards,

@@ -1,10 +1,15 @@
 """Runs an ordinary function on several ranks, each a process of its own joined by gloo."""
 
+import io
 import multiprocessing
 import os
+import signal
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from mvit.distributed import free_port
 
@@ -30,7 +35,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
         for _ in processes:
             rank, result, error = queue.get(timeout=TIMEOUT_S)
             assert error is None, f"rank {rank} of {world_size}:\n{error}"
-            results[rank] = result
+            results[rank] = torch.load(io.BytesIO(result), weights_only=False)
     finally:
         for process in processes:
             process.join(timeout=20 if len(results) == world_size else 0.1)
@@ -50,11 +55,40 @@ def _rank(
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    import torch
-
     torch.set_num_threads(1)
     try:
-        queue.put((rank, function(*args), None))
+        # Bytes, because tensors in a queue are shared memory that ends with the process.
+        result = io.BytesIO()
+        torch.save(function(*args), result)
+        queue.put((rank, result.getvalue(), None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
         raise
+
+
+def run_until_killed(function: Callable[..., Any], world_size: int, *args: Any) -> int:
+    """Call `function(*args)` on `world_size` ranks until one is killed by a signal; then kill the others, too.
+
+    Returns the rank that died first. Fails if all ranks come to their end.
+    """
+    context = multiprocessing.get_context("spawn")
+    port, queue = free_port(), context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(function, args, rank, world_size, port, queue))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            codes = [process.exitcode for process in processes]
+            if -signal.SIGKILL in codes:
+                return codes.index(-signal.SIGKILL)
+            assert not all(code is not None for code in codes), f"nobody was killed; exit codes {codes}"
+            time.sleep(0.05)
+        raise AssertionError(f"no rank was killed within {TIMEOUT_S} s")
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()

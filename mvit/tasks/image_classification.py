@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data_pipeline.image import ImageTransform, collate_images
-from data_pipeline.mixup import DeviceAugment, normalize
 from torch import Tensor
 
 from data_pipeline.batch import ImageBatch
+from data_pipeline.image import ImageTransform, collate_images
+from data_pipeline.mixup import DeviceAugment, normalize
 from mvit.config import RunConfig
 from mvit.distributed import sum_over_ranks
 from mvit.model.backbone import MViT

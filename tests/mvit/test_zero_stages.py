@@ -187,14 +187,17 @@ def _load(engine: Engine, run_dir: Path, step: int) -> None:
 def _train_and_save(root: str, stages: list[tuple[int, Precision]]) -> dict[str, Any]:
     """Train 3 steps and save, then 3 more: returns the state at step 3 and the losses after it."""
     ranks = distributed.start()
-    micro = GLOBAL_BATCH // ranks.world_size
+    micro, accumulation = 4, 2 // ranks.world_size  # the same chunks, so the same drop path, at any world size
     found = {}
     for stage, precision in stages:
         engine = _engine(ranks, stage, micro, precision=precision)
         for step in (1, 2, 3):
-            _step(engine, step, micro, 1)
+            _step(engine, step, micro, accumulation)
         _save(engine, Path(root) / f"{stage}-{precision}", 3)
-        found[f"{stage}-{precision}"] = (_whole_state(engine), [_step(engine, step, micro, 1)[0] for step in (4, 5, 6)])
+        found[f"{stage}-{precision}"] = (
+            _whole_state(engine),
+            [_step(engine, step, micro, accumulation)[0] for step in (4, 5, 6)],
+        )
         engine.close()
     distributed.shutdown()
     return found
@@ -203,7 +206,7 @@ def _train_and_save(root: str, stages: list[tuple[int, Precision]]) -> dict[str,
 def _load_everywhere(root: str, stages: list[tuple[int, Precision]]) -> dict[str, Any]:
     """Load every saved state into a fresh engine of every stage; returns states, losses and an EMA round trip."""
     ranks = distributed.start()
-    micro = GLOBAL_BATCH // ranks.world_size
+    micro, accumulation = 4, 2 // ranks.world_size  # the same chunks, so the same drop path, at any world size
     found = {}
     for stage, precision in stages:
         for saved, saved_precision in stages:
@@ -216,7 +219,7 @@ def _load_everywhere(root: str, stages: list[tuple[int, Precision]]) -> dict[str
                 swapped = _whole_state(engine)
             assert all(torch.equal(value, state[key]) for key, value in _whole_state(engine).items())
             assert all(torch.equal(swapped[f"fp32:{n}"], state[f"ema:{n}"]) for n in _names(state))
-            losses = [_step(engine, step, micro, 1)[0] for step in (4, 5, 6)]
+            losses = [_step(engine, step, micro, accumulation)[0] for step in (4, 5, 6)]
             found[f"{saved}->{stage} {precision}"] = (state, losses)
             engine.close()
     distributed.shutdown()

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mvit.checkpoint import list_steps
 from mvit.config import ConfigError, RunConfig, parse_config
 
 # Where and how fast a run goes may change between attempts; what it computes may not.
@@ -49,19 +50,19 @@ def read_config(run_dir: Path) -> RunConfig:
 
 
 def claim(run_dir: Path, config: RunConfig) -> None:
-    """Create the run folder for `config`, or accept it if it holds the same run.
+    """Create the run folder for `config`, or accept it if it holds the same run or one that never saved anything.
 
     Raises ConfigError if the folder belongs to another run: the keys that differ are named.
     """
     file = config_path(run_dir)
-    if file.is_file():
+    if file.is_file() and list_steps(run_dir):
         differing = differences(read_config(run_dir), config)
         if differing:
             raise ConfigError(
                 f"{run_dir} belongs to another run; it differs in {'; '.join(differing)}. Choose another `name` or "
                 f"`output_dir`, or continue that run with `mvit resume {run_dir}`"
             )
-    elif run_dir.exists() and any(p.name not in ("logs", "run.json", "code", "submitit") for p in run_dir.iterdir()):
+    elif not file.is_file() and run_dir.exists() and any(run_dir.iterdir()):
         raise ConfigError(f"{run_dir} exists, is not empty and holds no run; choose another `name` or `output_dir`")
     run_dir.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".config.{os.getpid()}.tmp")
