@@ -160,9 +160,17 @@ def test_autocast_trains_with_float32_gradients() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_the_model_is_one_graph_for_torch_compile() -> None:
+    model = small_model(class_token=True).eval()
+    images = torch.randn(2, 3, 48, 64)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(images), model(images), atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["matmul", "fused"])
-def test_the_model_is_one_graph_for_torch_compile(form: str) -> None:
-    """Forward and backward are captured without a break; the code generator itself is left to the slow test below."""
+def test_the_traced_training_step_gives_the_same_loss_and_gradients(form: str) -> None:
     model = small_model(class_token=True, drop_path=0.3).train()
     model.set_attention_form(form)
     images = torch.randn(2, 3, 48, 64)
