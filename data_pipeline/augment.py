@@ -4,8 +4,10 @@ PIL's operations cost a third of torchvision's tensor operations on one core, so
 imports timm, which takes seconds; only training transforms import it.
 """
 
+from typing import Any
+
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 
 from data_pipeline.seeding import seeded_python
 
@@ -26,7 +28,17 @@ class RandAugment:
             "interpolation": resample,
         }
         self._augment = rand_augment_transform(policy, hparams)
+        for operation in self._augment.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
         with seeded_python(seed):  # timm draws from the global generators of random and numpy
             return self._augment(image)
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """Keep no bit as Pillow did before 13, which raises: at full strength the published policy asks for black."""
+    if bits_to_keep == 0:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits_to_keep, **options)

@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
@@ -21,6 +21,9 @@ from data_pipeline.decode import class_label, decode_pil, decode_rgb, decode_rgb
 from data_pipeline.order import derive_seed
 from data_pipeline.reads import Item
 from data_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from data_pipeline.augment import RandAugment
 
 _POLICY = re.compile(r"rand(-(m\d+|n\d+|p(0?\.\d+|1)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|tweights|t3aw?))*")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -100,12 +103,7 @@ class ImageTransform:
 
     def __init__(self, config: ImageConfig, train: bool) -> None:
         self.config, self.train = config, train
-        self._rand_augment = None
-        if train and config.rand_augment is not None:
-            from data_pipeline.augment import RandAugment
-
-            resample = _RESAMPLING[config.interpolation]
-            self._rand_augment = RandAugment(config.rand_augment, config.image_size, config.mean, resample)
+        self._rand_augment = rand_augment(config) if train else None
 
     def __call__(self, members: dict[str, bytes], seed: int) -> tuple[np.ndarray, int]:
         label = class_label(members)
@@ -129,6 +127,15 @@ class ImageTransform:
             augmented = self._rand_augment(Image.fromarray(pixels), derive_seed(seed, "rand_augment"))
             pixels = np.asarray(augmented)
         return pixels
+
+
+def rand_augment(config: ImageConfig) -> "RandAugment | None":
+    """Return the config's RandAugment, None if it has none."""
+    if config.rand_augment is None:
+        return None
+    from data_pipeline.augment import RandAugment
+
+    return RandAugment(config.rand_augment, config.image_size, config.mean, _RESAMPLING[config.interpolation])
 
 
 def collate_images(items: Sequence[Item]) -> ImageBatch:

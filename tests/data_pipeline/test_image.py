@@ -14,7 +14,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
-from data_pipeline.image import ImageConfig, ImageTransform, collate_images, random_crop_box
+from data_pipeline.image import ImageConfig, ImageTransform, collate_images, rand_augment, random_crop_box
 from data_pipeline.mixup import normalize
 from data_pipeline.order import derive_seed
 from data_pipeline.reads import Item
@@ -89,6 +89,14 @@ def test_rand_augment_is_timms_with_the_published_parameters() -> None:
     np.random.seed(inner % 2**32)
     assert np.array_equal(ours, np.asarray(timm(Image.fromarray(plain))))
     assert not np.array_equal(ours, plain)
+
+
+def test_posterizing_to_no_bits_gives_black_and_never_stops_training() -> None:
+    augment = rand_augment(ImageConfig(rand_augment="rand-m10-n1-p1-inc1"))  # level 10 keeps 0 bits; Pillow 13 refuses
+    assert augment is not None
+    image = Image.open(io.BytesIO(encoded(5, 32, 32)))
+    results = [np.asarray(augment(image, seed)) for seed in range(150)]
+    assert sum(not result.any() for result in results) > 0
 
 
 def test_mirroring_happens_with_its_probability_and_mirrors() -> None:
