@@ -241,10 +241,14 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
         "model",
         commands.bench_model,
         "time forward and training steps of a variant",
-        "mvit bench model mvitv2_tiny --batch-size 8",
+        "mvit bench model mvitv2_tiny mvitv2_small --batch 8",
     )
-    model.add_argument("variant", metavar="VARIANT", help="mvitv2_tiny, small, base, large or huge")
-    model.add_argument("--batch-size", type=int, default=8, metavar="N")
+    model.add_argument("variants", nargs="+", metavar="VARIANT", help="mvitv2_tiny, small, base, large or huge")
+    model.add_argument("--resolution", type=int, nargs="+", default=[224], metavar="PX", help="image sides (224)")
+    model.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    model.add_argument("--batch", type=int, default=4, metavar="N", help="images per step (4)")
+    model.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each (5)")
+    model.add_argument("--device", metavar="DEVICE", help="cpu or cuda; cuda where there is one")
     _json(model)
 
     data = _command(

@@ -184,7 +184,17 @@ def bench_model(args: Namespace) -> int:
     """Time a model."""
     from mvit.benchmark import bench_model
 
-    _print_figures(bench_model(args.variant, batch_size=args.batch_size), args.json)
+    rows = bench_model(
+        args.variants,
+        args.resolution,
+        args.precision,
+        args.batch,
+        rounds=args.rounds,
+        device=args.device,
+        show=not args.json,
+    )
+    if args.json:
+        print(json.dumps(rows))
     return 0
 
 

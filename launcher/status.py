@@ -11,6 +11,7 @@ from launcher.processes import identity_from, is_alive, is_local
 from launcher.run_folder import RunFolder, read_json_lines
 
 State = Literal["pending", "running", "stopped", "failed", "finished"]
+_NOT_SHOWN = ("kind", "time", "total_steps")
 _QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING", "SUSPENDED")
 
 
@@ -41,7 +42,7 @@ class RunState:
         total = "" if self.total_steps is None else f" of {self.total_steps}"
         lines.append(f"step {self.step}{total}, last checkpoint at step {self.checkpoint_step}")
         for title, record in (("last metrics", self.metrics), ("last evaluation", self.evaluation)):
-            shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key != "kind")
+            shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in _NOT_SHOWN)
             if shown:
                 lines.append(f"{title}: {shown}")
         return "\n".join(lines)
@@ -243,12 +244,16 @@ def wait_for_end(run_dir: str | Path, timeout_s: float) -> RunState:
 
 def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks: dict[int, str]) -> Failure:
     rank = record["rank"]
-    text = tracebacks.get(rank) or _tail(run.attempt_dir(attempt) / f"rank_{rank:04d}.log")
-    return Failure(rank, describe_end(record) or "", text or _submitit_tail(run, attempt))
+    parts = [tracebacks.get(rank) or _tail(run.attempt_dir(attempt) / f"rank_{rank:04d}.log")]
+    if record["signal"] == "SIGKILL":
+        parts.append("nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9")
+    elif record["signal"] is None and not any(parts):
+        parts.append(_submitit_tail(run, attempt))  # it did not come as far as its own log
+    return Failure(rank, describe_end(record) or "", "\n".join(part for part in parts if part))
 
 
 def _submitit_tail(run: RunFolder, attempt: int) -> str:
-    files = sorted(run.submitit_dir(attempt).glob("*.err"))
+    files = [*sorted(run.submitit_dir(attempt).glob("*.err")), run.submitit_dir(attempt) / "controller.log"]
     return "\n".join(text for file in files if (text := _tail(file)))
 
 

@@ -133,7 +133,7 @@ def resumed_config(run: RunFolder, overrides: Sequence[str]) -> "RunConfig":
     Raises RunFolderError naming the keys that may not change within a run.
     """
     import mvit
-    from mvit.run_folder import differences
+    from mvit.run_identity import differences
 
     run.identity()  # says so if this is no run
     saved = mvit.load_config(run.config_file)

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from launcher.status import run_state
+
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 60.0  # upper bound of what takes one or two seconds on a quiet machine
 
@@ -62,7 +64,8 @@ class Project:
         return self.mvit("submit", "recipe.yaml", "--cluster", "cluster.yaml", *options, *overrides)
 
     def status(self) -> dict:
-        return json.loads(self.mvit("status", str(self.run_dir), "--json").stdout)
+        """Return what `mvit status --json` prints, without starting a process for it."""
+        return run_state(self.run_dir).to_dict()
 
     def facts(self, rank: int) -> list[dict]:
         """Return what each life of a rank reported about itself."""

@@ -56,6 +56,14 @@ def test_a_rank_that_raises_ends_the_job_and_follow_prints_its_traceback(project
     wait_until(lambda: not project.processes(), timeout=10)
 
 
+def test_ranks_that_cannot_even_start_are_a_failure_with_their_own_words(project: Project) -> None:
+    result = project.submit("cluster.env.PYTHONHOME=/nowhere", follow=True)
+
+    assert result.returncode == 1
+    assert project.status()["state"] == "failed"
+    assert "ModuleNotFoundError: No module named 'encodings'" in result.stderr
+
+
 def test_a_stopped_job_saves_exits_85_and_resume_continues_where_it_stopped(project: Project) -> None:
     follower = project.start(
         "submit", "recipe.yaml", "--cluster", "cluster.yaml", "--follow", "steps=40", "save_every=1000"
@@ -122,7 +130,7 @@ def test_no_process_survives_a_killed_controller(project: Project) -> None:
     assert "controller" in state["detail"]
 
 
-def test_no_process_survives_a_killed_rank_or_a_killed_guard(project: Project) -> None:
+def test_no_rank_survives_a_killed_guard_and_the_job_ends(project: Project) -> None:
     project.submit(*LONG, "num_workers=1")
     project.wait_for_training()
     guard = psutil.Process(project.facts(0)[0]["pid"]).parent()
@@ -130,7 +138,8 @@ def test_no_process_survives_a_killed_rank_or_a_killed_guard(project: Project) -
     ranks = [project.facts(rank)[0]["pid"] for rank in (0, 1)]
 
     wait_until(lambda: not any(_lives(pid) for pid in ranks), timeout=10)
-    assert project.status()["state"] == "failed"
+    wait_until(lambda: project.status()["state"] == "failed", timeout=10)
+    assert "the guard of rank 0 is gone" in project.status()["detail"]
     assert not _lives(project.facts(1)[0]["workers"][0])
 
 

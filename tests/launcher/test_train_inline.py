@@ -1,5 +1,6 @@
 """`mvit train` in one process: stops that lose nothing, failures that are recorded, folders that are not taken over."""
 
+import json
 import signal
 
 import pytest
@@ -46,7 +47,9 @@ def test_a_killed_process_is_seen_as_failed(project: Project) -> None:
     process.kill()
     process.communicate()
     wait_until(lambda: project.status()["state"] == "failed", timeout=10)
-    assert "gone without a final record" in project.status()["detail"]
+    shown = json.loads(project.mvit("status", str(project.run_dir), "--json").stdout)
+    assert shown == project.status()
+    assert "gone without a final record" in shown["detail"]
 
 
 def test_stop_reaches_a_run_of_mvit_train(project: Project) -> None:
