@@ -255,9 +255,12 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
         bench,
         "data",
         commands.bench_data,
-        "time reading and decoding of a recipe's training shards",
-        "mvit bench data configs/demo/digits.yaml data.num_workers=2",
+        "time reading and augmenting a recipe's training shards, beside torchvision's usual pipeline",
+        "mvit bench data configs/demo/digits.yaml --workers 0 2",
     )
+    data.add_argument("--workers", type=int, nargs="+", default=[0], metavar="N", help="worker processes (0)")
+    data.add_argument("--batch", type=int, default=50, metavar="N", help="samples per batch (50)")
+    data.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each (3)")
     _recipe(data)
     _json(data)
 

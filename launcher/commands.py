@@ -200,12 +200,25 @@ def bench_model(args: Namespace) -> int:
 
 def bench_data(args: Namespace) -> int:
     """Time the data pipeline."""
-    from data_pipeline.benchmark import bench_data
+    from dataclasses import asdict
 
     import mvit
+    from data_pipeline.benchmark import bench_data
+    from data_pipeline.shards import open_shards
 
     recipe = mvit.load_config(args.recipe, args.overrides)
-    _print_figures(bench_data(recipe.data, recipe.image), args.json)
+    if recipe.data.train is None:
+        raise ValueError("data.train is not set: name the shards to read, data.train=shards/train")
+    shards = open_shards(recipe.data.train, cache_dir=recipe.data.cache_dir)
+    rows = bench_data(shards, recipe.image, args.workers, batch_size=args.batch, rounds=args.rounds)
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return 0
+    for row in rows:
+        print(
+            f"{row.pipeline}, {row.workers} worker(s): {row.samples_per_cpu_second:.0f} samples per CPU-second, "
+            f"{row.samples_per_second:.0f} per second; {row.ratio:.2f} x torchvision"
+        )
     return 0
 
 
