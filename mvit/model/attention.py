@@ -155,9 +155,9 @@ class PoolingAttention(nn.Module):
 def default_form(device: torch.device) -> str:
     """Choose the attention form for a device: "matmul" on the CPU, "fused" elsewhere.
 
-    Measured on CPU: "matmul" is the fastest in bf16 (a training step of tiny at 224 px takes 0.85 of the time of "fused")
-    and level with it in fp32; "fused" needs about a third less memory at 512 px. On CUDA the choice is reasoned and not
-    measured yet: the flash kernels take head widths up to 256, and D + E is 152 at most at 224 px.
+    Measured on CPU: "matmul" is the fastest in bf16 (a training step of tiny at 224 px takes 0.85 of the time "fused"
+    does) and level with it in fp32; "fused" needs about a third less memory at 512 px. On CUDA the choice is reasoned,
+    not measured yet: the flash kernels take head widths up to 256, and D + E is 152 at most at 224 px.
     """
     return "matmul" if device.type == "cpu" else "fused"
 
