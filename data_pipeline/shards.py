@@ -154,6 +154,13 @@ def open_shards(
     return ShardSet(paths, [index for index, _ in found], [head for _, head in found], manifests if all_packed else [])
 
 
+def check_presence(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+    """Raise ShardError if a local shard that `spec` names does not exist; opens nothing and fetches nothing."""
+    for one in [spec] if isinstance(spec, str | os.PathLike) else list(spec):
+        if not is_remote(os.fspath(one)):
+            _resolve(os.fspath(one), None)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """Return the manifest of a packed folder, None if it has none. Raises ShardError if it cannot be read."""
     path = Path(folder) / MANIFEST

@@ -120,6 +120,8 @@ def _add_runs(group: "argparse._SubParsersAction") -> None:
     )
     _recipe(submit)
     _cluster(submit, required=True)
+    text = "submit although data.train or data.validation is not visible from here (a node-local disk, say)"
+    submit.add_argument("--no-data-check", action="store_true", help=text)
     submit.add_argument(
         "--dry-run", action="store_true", help="print batch arithmetic and batch script, create nothing"
     )
@@ -247,6 +249,10 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     model.add_argument("--resolution", type=int, nargs="+", default=[224], metavar="PX", help="image sides (224)")
     model.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     model.add_argument("--batch", type=int, default=4, metavar="N", help="images per step (4)")
+    model.add_argument("--against", nargs="*", choices=("timm",), default=["timm"], help="peers in the same run")
+    forms = ("auto", "reference", "matmul", "fused")
+    model.add_argument("--forms", nargs="+", choices=forms, default=["auto"], help="attention forms to compare")
+    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
     model.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each (5)")
     model.add_argument("--device", metavar="DEVICE", help="cpu or cuda; cuda where there is one")
     _json(model)

@@ -36,7 +36,7 @@ def submit(args: Namespace) -> int:
     """Create a run and submit it."""
     import mvit
     from launcher.cluster import load_cluster
-    from launcher.submit import dry_run, submit_new
+    from launcher.submit import check_data_is_there, dry_run, submit_new
 
     of_recipe, of_cluster = _split(args)
     cluster = load_cluster(args.cluster, of_cluster)
@@ -44,6 +44,8 @@ def submit(args: Namespace) -> int:
     if args.dry_run:
         print(dry_run(config, cluster))
         return 0
+    if not args.no_data_check:
+        check_data_is_there(config)
     return _show_and_follow(args, submit_new(config, cluster, sys.argv))
 
 
@@ -189,8 +191,11 @@ def bench_model(args: Namespace) -> int:
         args.resolution,
         args.precision,
         args.batch,
+        against=args.against,
+        forms=args.forms,
         rounds=args.rounds,
         device=args.device,
+        num_threads=args.threads,
         show=not args.json,
     )
     if args.json:

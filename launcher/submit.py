@@ -39,22 +39,51 @@ class Submission:
         )
 
 
+def check_data_is_there(config: "RunConfig") -> None:
+    """Raise ValueError before the job is queued if the recipe's shards are missing or do not exist on this machine."""
+    from data_pipeline.shards import ShardError, check_presence
+
+    for key, spec in (("train", config.data.train), ("validation", config.data.validation)):
+        if spec is None:
+            if key == "train":
+                raise ClusterError("data.train is not set: training needs shards, data.train=FOLDER for one")
+            continue
+        try:
+            check_presence(spec)
+        except ShardError as error:
+            raise ClusterError(
+                f"data.{key} = {spec}: {error} If only the nodes can see them, submit with --no-data-check."
+            ) from error
+
+
 def create_run(config: "RunConfig", command: Sequence[str], cluster: ClusterConfig | None = None) -> RunFolder:
     """Claim the run folder and put the resolved config and the code snapshot into it.
 
-    Raises RunFolderError when the folder belongs to something else; then nothing was changed.
+    A run of the same name that ended before its first checkpoint is replaced; the logs of its attempts stay. Raises
+    RunFolderError when the folder belongs to something else; then nothing was changed.
     """
     run = RunFolder(config.run_dir.absolute())
-    claim(run, {"name": config.name, "id": "being created", "created": time.strftime("%Y-%m-%d %H:%M:%S %z")})
+    if again := _never_saved(run):
+        shutil.rmtree(run.code_dir, ignore_errors=True)
+    else:
+        claim(run, {"name": config.name, "id": "being created", "created": time.strftime("%Y-%m-%d %H:%M:%S %z")})
     try:
         run.config_file.write_text(config.to_yaml())
         code_sha256 = take_snapshot(run.code_dir)
         settings = None if cluster is None else cluster.model_dump(mode="json", exclude_defaults=True)
         write_json(run.run_file, describe_run(config.name, command, code_sha256, settings))
     except BaseException:
-        shutil.rmtree(run.path)  # ours alone: it was absent or empty a moment ago
+        if not again:
+            shutil.rmtree(run.path)  # ours alone: it was absent or empty a moment ago
         raise
     return run
+
+
+def _never_saved(run: RunFolder) -> bool:
+    """Say whether the folder holds a run at rest that has nothing to lose but its logs."""
+    if not run.run_file.exists() or run.checkpoint_step():
+        return False
+    return run_state(run.path).state in ("failed", "stopped")
 
 
 def submit_new(config: "RunConfig", cluster: ClusterConfig, command: Sequence[str]) -> Submission:
@@ -96,7 +125,8 @@ def dry_run(config: "RunConfig", cluster: ClusterConfig) -> str:
     placement = place(cluster)
     arithmetic = config.batch_arithmetic(placement.world_size)
     run = RunFolder(config.run_dir.absolute())
-    refuse_foreign(run)
+    if not _never_saved(run):
+        refuse_foreign(run)
     lines = [
         f"# run folder: {run.path}",
         f"# ranks: {placement.nodes} node(s) x {placement.ranks_per_node} = {placement.world_size}, "

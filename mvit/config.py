@@ -4,13 +4,14 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.image import ImageConfig
 from data_pipeline.loader import DataConfig
 from data_pipeline.settings import Settings
+from mvit.model.attention import AttentionForm
 from mvit.optim import OptimConfig
 from mvit.schedule import ScheduleConfig
 from mvit.variants import VARIANTS, Variant
@@ -41,6 +42,10 @@ class ModelConfig(Settings):
     residual_pooling: bool = True
     weights: str | None = None
     """Start from these weights (any published naming); tables are resized to the input size."""
+    new_head: bool = False
+    """With `weights` of another number of classes: start a fresh classifier instead of refusing them."""
+    attention_form: AttentionForm = "auto"
+    """How the attention is computed: auto (by device), reference, matmul or fused; the same function."""
     embed_dim: int | None = Field(default=None, gt=0)
     """Channels of the first stage instead of the variant's, for small experiments."""
     depths: tuple[int, int, int, int] | None = None
@@ -222,7 +227,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such recipe{_did_you_mean(path.name, names)}")
     try:
-        tree = OmegaConf.load(path)
+        tree: Any = OmegaConf.load(path)
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not OmegaConf.is_dict(tree):
@@ -268,6 +273,3 @@ def _explain(detail: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     if not location or isinstance(detail["input"], Mapping):
         return f"{key}: {message}" if key else message
     return f"{key} = {detail['input']!r}: {message[:1].lower() + message[1:]}"
-
-
-assert set(get_args(StageName)) == {f"stage{i}" for i in range(1, 5)}

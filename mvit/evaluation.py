@@ -14,11 +14,10 @@ from mvit import distributed
 from mvit.checkpoint import CheckpointError, newest_valid
 from mvit.checkpoint_load import whole_weights
 from mvit.config import ConfigError, RunConfig
-from mvit.distributed import RankInfo, sum_over_ranks
+from mvit.distributed import RankInfo, logger, sum_over_ranks
 from mvit.progress import ProgressDisplay
 from mvit.tasks import create_task
 from mvit.tasks.base import Forward, Task
-from mvit.weights import load_weights
 
 
 def open_validation(config: RunConfig) -> ShardSet:
@@ -90,10 +89,10 @@ def evaluate(
     """
     ranks = distributed.start()
     distributed.configure_logging(ranks.rank)
-    task = create_task(config.model_copy(update={"model": config.model.model_copy(update={"weights": None})}))
+    task = create_task(config)
     shards = open_validation(config)
     model = task.build_model()
-    load_weights(model, resolve_weights(weights, ema=ema))
+    logger.info("%s", task.load_weights(model, resolve_weights(weights, ema=ema)))
     model.to(ranks.device).eval()
     precision = config.train.precision
     half = torch.bfloat16 if precision == "bf16" else torch.float16

@@ -14,7 +14,6 @@ from mvit.checkpoint_load import whole_weights
 from mvit.config import parse_config
 from mvit.model.convert import export_names
 from mvit.tasks import create_task
-from mvit.weights import load_weights
 
 Naming = Literal["mvit", "timm", "official"]
 
@@ -55,8 +54,9 @@ def _write(path: Path, tensors: dict[str, Tensor], step: int, config: dict[str, 
 
 def _compare(path: Path, wanted: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Load the file as a user would and raise CheckpointError unless every weight is what the run has."""
-    model = create_task(parse_config(config, source="the run's config")).build_model()
-    load_weights(model, path)
+    task = create_task(parse_config(config, source="the run's config"))
+    model = task.build_model()
+    task.load_weights(model, path)
     differing = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, wanted[name])]
     if differing:
         raise CheckpointError(f"{path}: {len(differing)} tensors differ after reading back, {differing[0]} first")

@@ -99,11 +99,12 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
+        self.last_checkpoint = newest_valid_on_all_ranks(run_dir, ranks)
         self._build_engine()
         self.evaluation_loader = (
             None if self.validation is None else evaluation_loader(config, self.task, self.validation, ranks)
         )
-        self.first_step = self._restore()
+        self.first_step = self.logged_step = self._restore()
         self.guard = FiniteGuard(ranks, watch_grad_norm=config.train.precision != "fp16")
         self.speed = Speedometer()
         self.loss_sum = torch.zeros((), device=ranks.device)  # since the last log record
@@ -120,6 +121,9 @@ class _Run:
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "init"))
         model = self.task.build_model()
+        if self.last_checkpoint is None and config.model.weights is not None:
+            report = self.task.load_weights(model, config.model.weights, new_head=config.model.new_head)
+            logger.info("starting from %s: %s", config.model.weights, report)
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         num_parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         self.checkpoint_bytes = predicted_bytes(num_parameters, ema=config.optim.ema_decay is not None)
@@ -300,11 +304,9 @@ class _Run:
         self.speed.skip()
 
     def _restore(self) -> int:
-        """Load the newest valid checkpoint and return its step, 0 if there is none (collective)."""
-        path = newest_valid_on_all_ranks(self.run_dir, self.ranks)
-        self.last_checkpoint = path
+        """Load the newest valid checkpoint, if there is one, and return its step (collective)."""
+        path = self.last_checkpoint
         if path is None:
-            self.logged_step = 0
             return 0
         manifest = read_manifest(path)
         self.loader.check_state(manifest.state["data"])
@@ -324,7 +326,6 @@ class _Run:
             torch.set_rng_state(rng["cpu"])
         if "device" in rng and self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(rng["device"], self.ranks.device)
-        self.logged_step = manifest.step
         logger.info("resumed from %s (saved on %d ranks)", path, manifest.world_size)
         return manifest.step
 

@@ -1,10 +1,13 @@
 """What the trainer and the evaluation ask of a task; they never ask which task it is."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from data_pipeline.loader import Transform
 
 Forward = Callable[[Tensor], Any]
 """A model, or an engine around one: inputs → outputs."""
@@ -26,10 +29,19 @@ class Task(Protocol):
     """A problem to train for: its model, its data's treatment, its losses and its metric."""
 
     def build_model(self) -> nn.Module:
-        """Build the model, initialised from torch's random state or from the configured weights."""
+        """Build the model, initialised from torch's random state."""
         ...
 
-    def transform(self, train: bool) -> Callable[[Mapping[str, bytes], int], Any]:
+    def load_weights(
+        self, model: nn.Module, source: str | Path | Mapping[str, Tensor], *, new_head: bool = False
+    ) -> str:
+        """Load weights in any published naming into what `build_model` returned; returns a report.
+
+        `new_head` lets a classifier of another number of classes start afresh instead of raising ValueError.
+        """
+        ...
+
+    def transform(self, train: bool) -> Transform:
         """Return the function (members of one sample, seed) → one item for `collate`."""
         ...
 

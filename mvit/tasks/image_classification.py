@@ -1,11 +1,12 @@
 """Image classification: soft-target cross-entropy after mixup and cutmix, top-1 and top-5."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.batch import ImageBatch
 from data_pipeline.image import ImageTransform, collate_images
@@ -15,6 +16,7 @@ from mvit.distributed import sum_over_ranks
 from mvit.model.backbone import MViT
 from mvit.tasks.base import Forward
 from mvit.variants import create_model
+from mvit.weights import load_weights
 
 
 class ImageClassification:
@@ -34,18 +36,24 @@ class ImageClassification:
             class_token=model.class_token,
             expand=model.expand,
             drop_path=model.drop_path,
-            weights=model.weights,
             absolute_positions=model.absolute_positions,
             relative_positions=model.relative_positions,
             residual_pooling=model.residual_pooling,
             head_dropout=model.head_dropout,
+            attention_form=model.attention_form,
         )
         stages = self._config.train.activation_checkpointing
         if stages != "off":
             built.set_activation_checkpointing(("stage1", "stage2", "stage3", "stage4") if stages == "all" else stages)
         return built
 
-    def transform(self, train: bool) -> Callable[[Mapping[str, bytes], int], Any]:
+    def load_weights(
+        self, model: nn.Module, source: str | Path | Mapping[str, Tensor], *, new_head: bool = False
+    ) -> str:
+        assert isinstance(model, MViT)
+        return load_weights(model, source, allow_new_head=new_head).summary()
+
+    def transform(self, train: bool) -> ImageTransform:
         return ImageTransform(self._image, train=train)
 
     def collate(self, items: Sequence[Any]) -> ImageBatch:
