@@ -29,7 +29,7 @@ check: setup
 	$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_configs.py tests/test_docs.py tests/mvit/test_config.py tests/data_pipeline tests/mvit/model
 
 bench: setup
-	$(BIN)/mvit bench model mvitv2_tiny --batch-size 4
+	$(BIN)/mvit bench model mvitv2_tiny --batch 4 --threads 1
 	$(BIN)/mvit data pack digits data/digits-bench --overwrite
 	$(BIN)/mvit bench data configs/demo/digits.yaml data.train=data/digits-bench/train
 

@@ -1,0 +1,64 @@
+"""Weight decay and learning-rate scales reach exactly the parameters the paper's recipe says."""
+
+import pytest
+import torch
+from torch import nn
+
+from mvit.optim import OptimConfig, build_adamw, parameter_groups
+from mvit.variants import Variant, create_model
+
+TINY = Variant("test", embed_dim=16, depths=(1, 1, 1, 1), num_heads=1)
+
+
+def _model() -> nn.Module:
+    with torch.device("meta"):
+        return create_model(TINY, num_classes=3, input_size=(32, 32), class_token=True, absolute_positions=True)
+
+
+def test_biases_and_norms_are_never_decayed_and_position_tables_are() -> None:
+    model = _model()
+    groups = {group.name: group for group in parameter_groups(model, OptimConfig(weight_decay=0.1), depth=4)}
+    assert groups.keys() == {"decay", "no_decay"}
+    assert (groups["decay"].weight_decay, groups["no_decay"].weight_decay) == (0.1, 0.0)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert set(groups["decay"].parameter_names) == {name for name, shape in shapes.items() if len(shape) > 1}
+    assert set(groups["no_decay"].parameter_names) == {name for name, shape in shapes.items() if len(shape) == 1}
+    assert {"cls_token", "pos_embed", "blocks.0.attn.rel_pos_h"} <= set(groups["decay"].parameter_names)
+    assert "blocks.0.attn.qkv.bias" in groups["no_decay"].parameter_names
+
+
+def test_positions_can_be_left_undecayed_as_detectron2_does() -> None:
+    groups = {g.name: g for g in parameter_groups(_model(), OptimConfig(decay_positions=False), depth=4)}
+    spared = {"cls_token", "pos_embed", "blocks.0.attn.rel_pos_h", "blocks.3.attn.rel_pos_w"}
+    assert spared <= set(groups["no_decay"].parameter_names)
+
+
+def test_layer_decay_slows_layers_by_their_distance_from_the_output() -> None:
+    model = _model()
+    groups = parameter_groups(model, OptimConfig(layer_decay=0.5), depth=4)
+    scale = {name: group.lr_scale for group in groups for name in group.parameter_names}
+    assert scale.keys() == dict(model.named_parameters()).keys()
+    assert scale["head.projection.weight"] == scale["norm.bias"] == 1.0
+    assert scale["blocks.3.mlp.fc1.weight"] == 0.5
+    assert scale["blocks.0.norm1.weight"] == 0.5**4
+    assert scale["patch_embed.proj.weight"] == scale["cls_token"] == scale["pos_embed"] == 0.5**5
+
+
+def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    (group,) = parameter_groups(model, OptimConfig(), depth=0)
+    assert group.parameter_names == ("bias",)
+    model.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        parameter_groups(model, OptimConfig(), depth=0)
+
+
+def test_adamw_gets_the_groups_under_their_names() -> None:
+    model = create_model(TINY, num_classes=3, input_size=(32, 32))
+    config = OptimConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
+    optimizer = build_adamw(model, parameter_groups(model, config, depth=4), config, fused=False)
+    assert [(g["name"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
+        ("no_decay", 0.0, (0.8, 0.9), 1e-6),
+        ("decay", 0.2, (0.8, 0.9), 1e-6),
+    ]
