@@ -86,10 +86,15 @@ class RunFolder:
         return max((event["attempt"] for event in self.events()), default=0)
 
     def checkpoint_step(self) -> int:
-        """Return the newest published checkpoint's step by its folder's name, 0 when there is none."""
-        names = [path.name for path in (self.path / "checkpoints").glob("step_*") if path.is_dir()]
+        """Return the step of the checkpoint published last, 0 when there is none.
+
+        Not always the highest: a run that fell back from a damaged checkpoint publishes lower ones after it.
+        """
+        folder = self.path / "checkpoints"
+        names = [path.name for path in folder.glob("step_*") if path.is_dir()]
         steps = [int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit()]
-        return max(steps, default=0)
+        published = [record["step"] for record in read_json_lines(folder / "published.jsonl")]
+        return next((step for step in reversed(published) if step in steps), max(steps, default=0))
 
     def rank_records(self, attempt: int) -> list[dict[str, Any]]:
         """Read the records of an attempt's ranks, in rank order."""

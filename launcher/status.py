@@ -105,7 +105,8 @@ def _state(run: RunFolder, attempt: int, latest: list[dict[str, Any]], facts: di
     """Judge by the latest attempt: its end if recorded, else whether its processes or its job still live."""
     if not latest:
         return "failed", "its submission was not completed: no attempt is recorded"
-    end = next((event for event in latest if event["event"] == "end"), None)
+    # The last one: a job that went back to the queue has an end, and a second if it is cancelled there.
+    end = next((event for event in reversed(latest) if event["event"] == "end"), None)
     if end is not None:
         if end.get("requeued"):
             return "pending", f"requeued: {end['detail']}"

@@ -183,8 +183,10 @@ def check_tiling(files: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequen
             raise CheckpointError(f"{name}: {position} of {numel} elements are stored")
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    steps = list_steps(run_dir)
+def prune(run_dir: Path, newest: int, keep_last: int, keep_every: int) -> None:
+    # Beyond the one just published lie only damaged ones that the run has fallen back from: they must not count as
+    # the newest, or the good ones would go. They are replaced when the run comes to their step again.
+    steps = [step for step in list_steps(run_dir) if step <= newest]
     for step in steps[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             shutil.rmtree(checkpoint_path(run_dir, step))

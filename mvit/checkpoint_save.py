@@ -67,7 +67,7 @@ def save(
         try:
             check_tiling(manifest["files"], manifest["shapes"])
             _publish(part, target, manifest)
-            prune(run_dir, keep_last, keep_every)
+            prune(run_dir, step, keep_last, keep_every)
         except OSError as caught:
             failures = [f"rank 0: {type(caught).__name__}: {caught}"]
     failures = broadcast_object(failures)

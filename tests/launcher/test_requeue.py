@@ -6,7 +6,7 @@ import pytest
 
 from launcher.preemption import EXIT_FAILED, EXIT_STOPPED
 from launcher.requeue import after_life, count_failures_without_progress, decide, is_orphan
-from launcher.run_folder import RunFolder, rank_file, write_json
+from launcher.run_folder import RunFolder, append_json_line, rank_file, write_json
 from launcher.status import run_state
 
 
@@ -88,6 +88,25 @@ def test_a_requeued_run_is_pending_until_its_next_life_starts(tmp_path: Path) ->
     run = _run(tmp_path)
     _life(run, 1, EXIT_STOPPED)
     assert run_state(tmp_path).state == "pending"
+
+
+def test_a_run_cancelled_while_it_waits_after_a_requeue_is_stopped(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    _life(run, 1, EXIT_STOPPED)
+    run.append_event("end", 1, cause="stopped", detail="cancelled without a save", requeued=False)
+    state = run_state(tmp_path)
+    assert (state.state, state.detail) == ("stopped", "cancelled without a save")
+
+
+def test_the_newest_checkpoint_is_the_one_published_last(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    assert run.checkpoint_step() == 0
+    for step in (50, 42):  # 50 was damaged: the run fell back to 40 and came to 42
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+        assert run.checkpoint_step() == 50
+    for step in (50, 42, 44):  # 44 has vanished
+        append_json_line(tmp_path / "checkpoints" / "published.jsonl", {"step": step})
+    assert run.checkpoint_step() == 42
 
 
 @pytest.mark.parametrize(("restarts", "orphan"), [("2", False), ("3", True)])

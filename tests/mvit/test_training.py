@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mvit
 import mvit.checkpoint_save
-from mvit.checkpoint import CheckpointError, list_steps, read_manifest
+from mvit.checkpoint import CheckpointError, checkpoint_path, list_steps, prune, read_manifest
 from mvit.checkpoint_save import SaveError
 from mvit.config import ConfigError, RunConfig, parse_config
 from mvit.guard import NonFiniteError
@@ -205,6 +205,16 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(
     assert "step 16 is damaged" in caplog.text
     assert "differs from its SHA-256" in caplog.text
     assert "continuing after step 10" in caplog.text
+
+
+def test_pruning_counts_no_damaged_checkpoint_among_the_newest(tmp_path: Path) -> None:
+    for step in (10, 12, 50, 60):  # the run fell back from 60 and 50 to 10 and has just published 12
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    prune(tmp_path, 12, keep_last=1, keep_every=0)
+    assert list_steps(tmp_path) == [12, 50, 60]
+    checkpoint_path(tmp_path, 62).mkdir()
+    prune(tmp_path, 62, keep_last=1, keep_every=0)
+    assert list_steps(tmp_path) == [62]
 
 
 def test_vanished_checkpoints_are_never_taken_for_a_fresh_start(
