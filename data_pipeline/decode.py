@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 """Members taken for the picture of a sample, by extension; what is inside is found out from the bytes."""
@@ -30,6 +30,8 @@ def decode_pil(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:  # its own words name an address in memory
+        raise DecodeError(f"cannot decode {len(data)} bytes as a picture: of no format that PIL knows") from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, …
         raise DecodeError(f"cannot decode {len(data)} bytes as a picture: {error}") from error
 

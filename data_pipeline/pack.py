@@ -253,7 +253,7 @@ def _check_output(output: Path, options: PackOptions) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not options.overwrite:
-        raise PackError(f"{output} exists; choose another folder, or overwrite it on purpose.")
+        raise PackError(f"{output} exists; choose another folder, or replace it with --overwrite (overwrite=True).")
     if not (output.is_dir() and all((entry / MANIFEST).is_file() for entry in output.iterdir())):
         raise PackError(f"{output} holds other things than packed data and is not overwritten; remove it yourself.")
 

@@ -211,7 +211,7 @@ def _resolve(spec: str, cache_dir: Path | None) -> tuple[list[str], dict[str, An
 def _existing(paths: list[str], origin: str) -> list[str]:
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise ShardError(f"{len(missing)} of {len(paths)} shards ({origin}) do not exist, the first: {missing[0]}")
+        raise ShardError(f"{len(missing)} of {len(paths)} shards ({origin}) do not exist, the first: {missing[0]}.")
     return paths
 
 

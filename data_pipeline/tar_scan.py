@@ -41,7 +41,7 @@ def scan_tar(path: str) -> Iterator[Member]:
             if len(header) < BLOCK:
                 raise _error(
                     path,
-                    offset,
+                    min(offset, total),  # a cut within the padding of the last member
                     total,
                     "it ends without the two zero blocks that end a tar, so it is truncated",
                 )

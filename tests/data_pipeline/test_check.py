@@ -106,3 +106,10 @@ def test_bare_tars_are_checked_as_far_as_possible_and_it_says_so(tmp_path: Path)
 def test_a_folder_without_anything_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"holds neither manifest.json nor .tar shards"):
         check_shards(tmp_path)
+
+
+def test_one_lost_shard_is_one_problem_and_not_one_for_each_class(packed: Path) -> None:
+    (packed / "shard-000001.tar").unlink()
+    report = check_shards(packed, decode=False)
+    assert len(report.problems) == 1, report
+    assert any("class counts and sources not compared" in note for note in report.notes)

@@ -28,9 +28,10 @@ def shard(tmp_path: Path) -> Path:
         (0, 0),
         (2 * STRIDE, 2 * STRIDE),  # between two samples: tarfile and webdataset take it for the end
         (2 * STRIDE + 100, 2 * STRIDE),  # inside a header: likewise
-        (2 * STRIDE + 600, 2 * STRIDE + 1024),  # inside the label
+        (2 * STRIDE + 600, 2 * STRIDE + 600),  # inside the padding behind the label
         (2 * STRIDE + 1024, 2 * STRIDE + 1024),  # between label and picture: webdataset yields half a sample
         (2 * STRIDE + 2000, 2 * STRIDE + 1024),  # inside the picture
+        (3 * STRIDE - 20, 3 * STRIDE - 20),  # inside the padding behind the picture
         (END, END),  # before the end mark
         (END + 512, END),  # inside the end mark
     ],

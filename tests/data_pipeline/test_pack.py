@@ -104,6 +104,7 @@ def test_unreadable_files_are_left_out_listed_and_counted(tree: Path, tmp_path: 
         f"train/{f}" for f in ("a/bad.jpg", "a/empty.png", "b/notes.txt", "loose.jpg", "b/gone.jpg")
     }
     assert "cannot decode 200 bytes" in quarantined["train/a/bad.jpg"]
+    assert quarantined["train/a/empty.png"] == "cannot decode 0 bytes as a picture: of no format that PIL knows"
     assert quarantined["train/loose.jpg"] == "not in a class folder"
     manifest = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())
     assert {bad["source"] for bad in manifest["quarantined"]} == set(quarantined)
