@@ -108,8 +108,10 @@ def create_project(root: Path) -> Project:
     shutil.copytree(Path(__file__).parent / "stand_in" / "mvit", tree / "mvit")
     shutil.copy(ROOT / "mvit" / "progress.py", tree / "mvit" / "progress.py")
     (tree / "data_pipeline").mkdir()
-    for name in ("__init__.py", "settings.py"):
-        shutil.copy(ROOT / "data_pipeline" / name, tree / "data_pipeline" / name)
+    for name in ("__init__", "settings", "shards", "cache", "decode", "shard_index", "tar_scan"):
+        shutil.copy(ROOT / "data_pipeline" / f"{name}.py", tree / "data_pipeline")
+    (root / "shards").mkdir()
+    (root / "shards" / "shard-000000.tar").touch()  # a submission looks whether it exists, the stand-in reads nothing
     (root / "recipe.yaml").write_text(yaml.safe_dump({"name": "trial", "output_dir": str(root / "runs")}))
     (root / "cluster.yaml").write_text("executor: local\nranks_per_node: 2\n")
     return Project(root)

@@ -186,6 +186,14 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_created(proj
     assert not project.run_dir.exists()
 
 
+def test_shards_that_do_not_exist_are_refused_before_the_job_is_queued(project: Project) -> None:
+    result = project.submit("shards=nowhere")
+    assert result.returncode == 1
+    assert "data.train = nowhere: 1 of 1 shards" in result.stderr
+    assert "submit with --no-data-check" in result.stderr
+    assert not project.run_dir.exists()
+
+
 def test_resume_refuses_settings_that_would_change_what_is_computed(project: Project) -> None:
     failed = project.submit("raise_at=3", "steps=9", follow=True)
     assert failed.returncode == 1

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -26,6 +27,11 @@ class Recipe:
     raise_at: int = -1
     raise_on_rank: int = 0
     num_workers: int = 0
+    shards: str | None = "shards"
+
+    @property
+    def data(self) -> SimpleNamespace:
+        return SimpleNamespace(train=self.shards, validation=None)
 
     @property
     def run_dir(self) -> Path:
