@@ -39,11 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 only on success."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse one command line; raises SystemExit with code 2 for what is not a command."""
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     _take_overrides(parser, args, rest)
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 only on success."""
+    args = parse(arguments)
     try:
         return args.handler(args)
     except KeyboardInterrupt:
@@ -70,7 +76,7 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
         args.overrides = [*args.overrides, *rest]
         for word in args.overrides:
             if "=" not in word:
-                parser.error(f"{word!r} is not a setting: write key=value, train.total_epochs=10 for one")
+                parser.error(f"{word!r} is not a setting: write key=value, schedule.epochs=10 for one")
 
 
 def _command(group: "argparse._SubParsersAction", name: str, handler: Handler, text: str, example: str) -> _Parser:

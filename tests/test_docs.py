@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import build_parser
+from launcher.cli import parse
 from mvit.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -30,14 +30,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_parse(page: Path) -> None:
-    parser = build_parser()
     for line in _code(page.read_text()):
         command = re.split(r"\s+(?:#|→|\|)", line.removeprefix("$ ").strip())[0]
         if not command.startswith("mvit "):
             continue
         words = shlex.split(command)[1:]
         if "--help" not in words:
-            parser.parse_args(words)
+            parse(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
