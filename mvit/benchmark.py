@@ -124,7 +124,10 @@ def print_table(measurements: Sequence[Measurement], device: torch.device) -> No
         speedup = "" if m.speedup is None else f"{m.speedup:.2f}"
         peak = "" if m.peak_mib is None else f"{m.peak_mib:.0f}"
         table.add_row(*shape, *numbers, speedup, peak)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own: rich would fold every column
+        console = Console(width=140)
+    console.print(table)
 
 
 def _timm_model(variant: str, resolution: int) -> nn.Module:
