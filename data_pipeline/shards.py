@@ -37,6 +37,7 @@ class ShardSet:
         heads: Sequence[IndexHead],
         manifests: Sequence[dict[str, Any]],
     ) -> None:
+        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()  # first: __del__ follows any error below
         self.paths = tuple(paths)
         self.names = tuple(os.path.basename(path) for path in paths)
         self.shard_sizes = np.array([head.num_samples for head in heads], dtype=np.int64)
@@ -47,7 +48,6 @@ class ShardSet:
         self._bytes = tuple(head.tar_bytes for head in heads)
         self._labels = [label for head in heads for label in (head.lowest_label, head.highest_label)]
         self._ends = np.cumsum(self.shard_sizes)
-        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -1,9 +1,11 @@
 """Shards: what is read is what was written; indexes are reused, rebuilt and raced for safely."""
 
+import gc
 import io
 import multiprocessing
 import os
 import pickle
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import shard_index
-from data_pipeline.shards import ShardError, open_shards
+from data_pipeline.shards import ShardError, ShardSet, open_shards
 from tests.data_pipeline.pictures import write_shards
 
 SAMPLES = [{"jpg": bytes([i]) * (300 * i + 1), "cls": str(i % 3).encode()} for i in range(10)]
@@ -31,6 +33,15 @@ def test_samples_are_read_back_byte_for_byte_in_any_order(folder: Path) -> None:
     assert shards.key(5) == "shard-000001.tar/000005"
     with pytest.raises(IndexError):
         shards.read(10)
+
+
+def test_packed_folders_with_other_classes_are_refused_in_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises(ShardError, match="different class lists"):
+        ShardSet([], [], [], [{"class_names": ["cat"]}, {"class_names": ["dog"]}])
+    gc.collect()
+    assert not ignored, "the half-made set raised again when it was collected"
 
 
 def test_a_pickled_set_reads_the_same(folder: Path) -> None:
