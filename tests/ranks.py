@@ -13,7 +13,7 @@ import torch
 
 from mvit.distributed import free_port
 
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

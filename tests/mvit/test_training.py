@@ -96,7 +96,7 @@ def _train_and_die(config: dict[str, Any], moment: str) -> None:
 # --- resuming -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_after_kill_9_every_stage_continues_bit_for_bit(digits: Path, tmp_path: Path) -> None:
     """Losses, weights, moments, average and random state equal the undisturbed run's, wherever the kill hits."""
     moments = {0: "step", 1: "shard", 2: "step", 3: "publish"}
@@ -148,23 +148,6 @@ def _train_and_stop(config: dict[str, Any], after: int) -> tuple[int, bool]:
 
 
 # --- one process: what can go wrong ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def train(digits: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Return a function that trains the tiny run in this process."""
-
-    def run(stop_after: int | None = None, **sections: Any) -> mvit.TrainResult:
-        calls = 0
-
-        def stop() -> bool:
-            nonlocal calls
-            calls += 1
-            return stop_after is not None and calls >= stop_after
-
-        return mvit.train(tiny_config(digits, tmp_path, **sections), stop_requested=stop, show_progress=False)
-
-    return run
 
 
 def test_a_stop_saves_and_the_curves_stay_one_line(train: Callable[..., Any], tmp_path: Path) -> None:

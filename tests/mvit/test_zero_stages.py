@@ -18,6 +18,8 @@ from mvit.variants import Variant, create_model
 from mvit.zero import Precision, ZeroConfig
 from tests.ranks import run_distributed
 
+pytestmark = pytest.mark.timeout(900)  # about a minute each on two idle cores
+
 GLOBAL_BATCH, SIZE, CLASSES, STEPS = 8, 32, 5, 20
 TINY = Variant("test", embed_dim=16, depths=(1, 1, 2, 1), num_heads=1)
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, layer_decay=0.8, ema_decay=0.9, clip_grad_norm=0.5)
@@ -253,6 +255,23 @@ def test_checkpoints_hold_the_very_state_at_any_stage_and_world_size(tmp_path: P
             assert not differing, f"{label} at world size {world_size}: {differing[:5]}"
             tolerance = 0 if world_size == 2 and label[0] == label[3] else 2e-6 if "fp32" in label else 2e-2
             assert losses == pytest.approx(wanted_losses, rel=tolerance, abs=0), f"{label}, world size {world_size}"
+
+
+def _fail_alone_while_averaged(stages: list[int]) -> str:
+    """Raise on rank 1 alone inside `ema_weights`, as a bad sample would; rank 0 never comes out of it."""
+    ranks = distributed.start()
+    engines = [_engine(ranks, stage, 4) for stage in stages]
+    for engine in engines:
+        averaged = engine.ema_weights()
+        averaged.__enter__()
+        if ranks.rank == 1:
+            with pytest.raises(ArithmeticError, match="alone"):
+                averaged.__exit__(ArithmeticError, ArithmeticError("alone"), None)
+    return "went on"
+
+
+def test_an_error_on_one_rank_during_evaluation_waits_for_nobody() -> None:
+    assert run_distributed(_fail_alone_while_averaged, 2, [1, 3]) == ["went on"] * 2
 
 
 def test_gaps_and_overlaps_between_ranges_are_refused() -> None:
