@@ -166,12 +166,13 @@ class Engine:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Run the forward pass with the averaged weights inside the `with` block (collective)."""
+        """Run the forward pass with the averaged weights inside the `with` block (collective).
+
+        After an exception they stay: it may be this rank's alone, and swapping back would wait for the others for ever.
+        """
         self._swap_ema()
-        try:
-            yield
-        finally:
-            self._swap_ema()
+        yield
+        self._swap_ema()
 
     def _swap_ema(self) -> None:
         with self.writing() as fragments:
