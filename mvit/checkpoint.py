@@ -72,10 +72,13 @@ def read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     try:
         raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: format {raw.get('format')!r} is not {FORMAT!r}, which this version reads")
+        found, own = raw["format"], raw.pop("sha256", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error!r}") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{file}: format {found!r} is not {FORMAT!r}, which this version reads")
+    if own != _digest(raw):
+        raise CheckpointError(f"{file}: content differs from the SHA-256 it carries")
     check_tiling(raw["files"], raw["shapes"])
     return Manifest(
         path=path,
@@ -86,6 +89,16 @@ def read_manifest(path: Path) -> Manifest:
         groups=tuple(raw["groups"]),
         state=raw["state"],
     )
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as JSON text with its own SHA-256 in it, so that a flipped bit there is noticed, too."""
+    plain = json.loads(json.dumps(manifest))  # as a reader will see it
+    return json.dumps(plain | {"sha256": _digest(plain)})
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -100,14 +113,15 @@ def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     problems = []
     for entry in manifest.files[share[0] :: share[1]]:
         file = path / entry["file"]
-        if not file.is_file():
-            problems.append(f"{file}: missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{file}: {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        else:
+        try:
             with open(file, "rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
+                size = file.stat().st_size
+                if size != entry["bytes"]:
+                    problems.append(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
+                elif hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
                     problems.append(f"{file}: content differs from its SHA-256 in the manifest")
+        except OSError as error:  # missing, unreadable, or a bad sector: an older checkpoint may still be whole
+            problems.append(f"{file}: cannot be read: {error.strerror}")
     return problems
 
 
@@ -184,13 +198,21 @@ def check_tiling(files: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequen
 
 
 def prune(run_dir: Path, newest: int, keep_last: int, keep_every: int) -> None:
+    """Remove all but the `keep_last` newest checkpoints up to step `newest` and the multiples of `keep_every`.
+
+    What cannot be removed is reported and stays: the new checkpoint is published, so nothing has failed.
+    """
     # Beyond the one just published lie only damaged ones that the run has fallen back from: they must not count as
     # the newest, or the good ones would go. They are replaced when the run comes to their step again.
     steps = [step for step in list_steps(run_dir) if step <= newest]
     for step in steps[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
-            shutil.rmtree(checkpoint_path(run_dir, step))
-    for leftover in checkpoints_dir(run_dir).glob(".step_*"):  # of attempts that died while saving
+            path = checkpoint_path(run_dir, step)
+            try:
+                path.rename(path.with_name(f".{path.name}.old"))  # no half-deleted folder keeps a checkpoint's name
+            except OSError as error:
+                logger.warning("the old checkpoint %s cannot be removed: %s", path, error)
+    for leftover in checkpoints_dir(run_dir).glob(".step_*"):  # these, replaced ones, and of attempts that died saving
         shutil.rmtree(leftover, ignore_errors=True)
 
 

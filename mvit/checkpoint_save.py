@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvit.checkpoint import FORMAT, check_tiling, checkpoint_path, checkpoints_dir, prune
+from mvit.checkpoint import FORMAT, CheckpointError, check_tiling, checkpoint_path, checkpoints_dir, prune, seal
 from mvit.distributed import RankInfo, broadcast_object, gather_objects
 from mvit.fragments import MASTER, MOMENTS, Fragment
 
@@ -68,7 +68,7 @@ def save(
             check_tiling(manifest["files"], manifest["shapes"])
             _publish(part, target, manifest)
             prune(run_dir, step, keep_last, keep_every)
-        except OSError as caught:
+        except (OSError, CheckpointError) as caught:
             failures = [f"rank 0: {type(caught).__name__}: {caught}"]
     failures = broadcast_object(failures)
     if failures:
@@ -110,17 +110,13 @@ def _fsync_dir(path: Path) -> None:
 
 def _publish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     with open(part / "manifest.json", "w") as file:
-        json.dump(manifest, file)
+        file.write(seal(manifest))
         file.flush()
         os.fsync(file.fileno())
     _fsync_dir(part)
-    replaced = None
     if target.exists():  # a damaged one of the same step, or a step run again after a fall-back
-        replaced = part.with_suffix(".old")
-        target.rename(replaced)
+        target.rename(part.with_suffix(".old"))  # `prune` removes it
     part.rename(target)
     with open(target.parent / "published.jsonl", "a") as file:
         file.write(json.dumps({"step": manifest["step"], "created": manifest["created"]}) + "\n")
     _fsync_dir(target.parent)
-    if replaced is not None:
-        shutil.rmtree(replaced)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.loader import TrainLoader
 from data_pipeline.mixup import check_micro_batch
@@ -86,7 +86,7 @@ class _Run:
         check_micro_batch(config.image, config.train.micro_batch_size)
         self.shards, self.validation = _open_data(config, ranks)
         self.total_steps = config.total_steps(len(self.shards))
-        _on_main_first(lambda: claim(run_dir, config), ranks, "claiming the run folder")
+        _together(lambda: claim(run_dir, config), "claiming the run folder", here=ranks.is_main)
         self.task: Task = create_task(config)
         self.loader = TrainLoader(
             self.shards,
@@ -122,12 +122,11 @@ class _Run:
         torch.manual_seed(derive_seed(config.seed, "init"))
         model = self.task.build_model()
         if self.last_checkpoint is None and config.model.weights is not None:
-            report = self.task.load_weights(model, config.model.weights, new_head=config.model.new_head)
-            logger.info("starting from %s: %s", config.model.weights, report)
+            _together(lambda: self._load_weights(model), f"loading {config.model.weights}")
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         num_parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        self.checkpoint_bytes = predicted_bytes(num_parameters, ema=config.optim.ema_decay is not None)
-        check_space(self.run_dir, self.checkpoint_bytes)
+        checkpoint_bytes = predicted_bytes(num_parameters, ema=config.optim.ema_decay is not None)
+        _together(lambda: check_space(self.run_dir, checkpoint_bytes), "looking for free space")
         self.peak = peak_flops(self.ranks.device, config.train.peak_tflops)
         self.flops_per_sample = 0.0
         if self.peak is not None:
@@ -147,6 +146,12 @@ class _Run:
             ranks=self.ranks,
             compile_backend=None if config.train.compile == "off" else config.train.compile,
         )
+
+    def _load_weights(self, model: nn.Module) -> None:
+        options = self.config.model
+        assert options.weights is not None
+        report = self.task.load_weights(model, options.weights, new_head=options.new_head)
+        logger.info("starting from %s: %s", options.weights, report)
 
     def loop(self, stop_requested: Callable[[], bool]) -> TrainResult:
         every = self.config.train
@@ -314,12 +319,7 @@ class _Run:
         if saved_groups != {g.name: set(g.parameter_names) for g in self.engine.groups}:
             raise CheckpointError(f"{path}: parameter groups differ from this run's; resume with the run's own config")
         with self.engine.writing() as fragments:
-            error = None
-            try:
-                load_into(manifest, fragments, self.shapes)
-            except (OSError, ValueError) as caught:
-                error = caught
-            raise_together(error, f"loading {path}")
+            _together(lambda: load_into(manifest, fragments, self.shapes), f"loading {path}")
         self.engine.restore_counters(manifest.step, manifest.state["counters"])
         rng = load_rng(manifest, self.ranks.rank)
         if "cpu" in rng:
@@ -338,16 +338,15 @@ class _Run:
         self.engine.close()
 
 
-def _on_main_first(action: Callable[[], object], ranks: RankInfo, what: str) -> None:
-    """Run `action` on each node's first rank, then on the others; an error anywhere is raised everywhere."""
-    for first in (True, False):
-        error = None
-        if (ranks.local_rank == 0) == first:
-            try:
-                action()
-            except (OSError, ValueError) as caught:
-                error = caught
-        raise_together(error, what)
+def _together(action: Callable[[], object], what: str, *, here: bool = True) -> None:
+    """Run `action` on the ranks where `here` is true; an error on any of them is raised on all (collective)."""
+    error = None
+    if here:
+        try:
+            action()
+        except (OSError, ValueError) as caught:
+            error = caught
+    raise_together(error, what)
 
 
 def _open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | None]:
@@ -363,5 +362,6 @@ def _open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet |
         if config.data.validation is not None:
             opened["validation"] = open_validation(config)
 
-    _on_main_first(open_all, ranks, "opening the shards")
+    for first in (True, False):  # each node's first rank fetches and indexes, the others find it done
+        _together(open_all, "opening the shards", here=(ranks.local_rank == 0) == first)
     return opened["train"], opened.get("validation")
