@@ -45,7 +45,7 @@ class DataConfig(Settings):
     shuffle_window: int = Field(default=32, ge=1)
     """Shards whose samples are shuffled together: the shuffle pool, and the most shards read at a time."""
     max_bad_samples: int = Field(default=0, ge=0)
-    """Undecodable samples a rank may replace (training) or leave out (evaluation) before it stops."""
+    """Undecodable samples a rank may replace (training) or leave out (evaluation) in one attempt before it stops."""
     pin_memory: bool = True
     """Page-locked host batches, so that copies to a GPU overlap with computing; ignored without a GPU."""
 

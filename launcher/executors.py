@@ -92,7 +92,9 @@ def local_command(run: RunFolder, attempt: int, cluster: ClusterConfig, placemen
     """Return what stands before a local rank's own command: its variables and its guard."""
     variables = {**cluster.env, "PYTHONPATH": _python_path(run, os.environ.get("PYTHONPATH")), "PYTHONSAFEPATH": "1"}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible and placement.gpus_per_node:  # submitit would number the devices from 0
+    if placement.gpus_per_node == 0:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # CPU ranks must not meet on a GPU that happens to be there
+    elif visible:  # submitit would number the devices from 0
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: placement.gpus_per_node])
     settings = [f"{key}={value}" for key, value in variables.items()]
     return ["env", *settings, sys.executable, "-m", "launcher.guard", str(run.attempt_dir(attempt))]
@@ -132,6 +134,8 @@ def _exports(run: RunFolder, cluster: ClusterConfig) -> list[str]:
         *(f"export {key}={shlex.quote(value)}" for key, value in cluster.env.items()),
         f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "export PYTHONSAFEPATH=1",
+        # CPU ranks must not meet on a GPU that happens to be there.
+        *(["export CUDA_VISIBLE_DEVICES="] if cluster.gpus_per_node == 0 else []),
     ]
 
 

@@ -129,6 +129,7 @@ def train_inline(config: "RunConfig", run: RunFolder) -> int:
         _record_start(run, attempt, place, "inline", str(os.getpid()), [socket.gethostname()], job)
     try:
         result = mvit.train(config, run_dir=run.path, stop_requested=stop)
+        _leave_group()
     except BaseException as error:
         if rank == 0:
             record_error(run.attempt_dir(attempt), rank, error, print_it=False)
@@ -179,7 +180,16 @@ def _train(run: RunFolder, stop: StopRequest, is_chief: bool) -> "TrainResult":
     import mvit
 
     config = mvit.load_config(run.config_file)
-    return mvit.train(config, run_dir=run.path, stop_requested=stop, show_progress=is_chief)
+    result = mvit.train(config, run_dir=run.path, stop_requested=stop, show_progress=is_chief)
+    _leave_group()
+    return result
+
+
+def _leave_group() -> None:
+    """Leave the process group in good order; after an error that would wait for ranks that do not come."""
+    from mvit import distributed
+
+    distributed.shutdown()
 
 
 def _redirect_output(log: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mvit.checkpoint import FORMAT, CheckpointError, check_tiling, checkpoint_path, checkpoints_dir, prune, seal
-from mvit.distributed import RankInfo, broadcast_object, gather_objects
+from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger
 from mvit.fragments import MASTER, MOMENTS, Fragment
 
 
@@ -117,6 +117,11 @@ def _publish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     if target.exists():  # a damaged one of the same step, or a step run again after a fall-back
         target.rename(part.with_suffix(".old"))  # `prune` removes it
     part.rename(target)
-    with open(target.parent / "published.jsonl", "a") as file:
-        file.write(json.dumps({"step": manifest["step"], "created": manifest["created"]}) + "\n")
+    try:
+        with open(target.parent / "published.jsonl", "a") as file:
+            file.write(json.dumps({"step": manifest["step"], "created": manifest["created"]}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # the checkpoint has its name and is whole
+        logger.warning("the checkpoint of step %d is saved, but not listed: %s", manifest["step"], error)
     _fsync_dir(target.parent)

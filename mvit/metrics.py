@@ -1,6 +1,7 @@
 """What a run reports: TensorBoard curves that stay clean over restarts, metrics.jsonl, speed and MFU."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,6 +150,13 @@ class RunLog:
         self._write("evaluate" if prefix == "validation" else f"evaluate_{prefix.rsplit('_', 1)[-1]}", step, figures)
         self._writer.flush()
 
+    def has_evaluation(self, step: int) -> bool:
+        """Say whether an evaluation of this step is on record."""
+        if not self._active or not self._file.is_file():
+            return False
+        records = (json.loads(line) for line in self._file.read_text().splitlines())
+        return any(record["kind"] == "evaluate" and record["step"] == step for record in records)
+
     def saved(self, step: int, seconds: float) -> None:
         """Report a published checkpoint."""
         if self._active:
@@ -156,7 +164,8 @@ class RunLog:
             self._write("save", step, {"seconds": seconds})
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        record = {"kind": kind, "step": step, "total_steps": self._total, "time": time.time(), **values}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no infinity
+        record = {"kind": kind, "step": step, "total_steps": self._total, "time": time.time(), **finite}
         with open(self._file, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self._display is not None:

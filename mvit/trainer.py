@@ -70,9 +70,14 @@ def train(
     distributed.configure_logging(ranks.rank)
     run = _Run(config, Path(run_dir or config.run_dir), ranks, show_progress)
     try:
-        return run.loop(stop_requested)
-    finally:
+        result = run.loop(stop_requested)
+    except BaseException:
+        # The error may be this rank's alone: nothing that waits for the other ranks or the device may run now.
         run.close()
+        raise
+    run.close()
+    run.engine.close()
+    return result
 
 
 class _Run:
@@ -104,10 +109,11 @@ class _Run:
         self.evaluation_loader = (
             None if self.validation is None else evaluation_loader(config, self.task, self.validation, ranks)
         )
-        self.first_step = self.logged_step = self._restore()
+        self.loss_sum = torch.zeros((), device=ranks.device)  # of the steps after `logged_step`
+        self.logged_step = 0
+        self.first_step = self._restore()
         self.guard = FiniteGuard(ranks, watch_grad_norm=config.train.precision != "fp16")
         self.speed = Speedometer()
-        self.loss_sum = torch.zeros((), device=ranks.device)  # since the last log record
         self.failed_saves = 0
         self.log = RunLog(
             run_dir,
@@ -158,8 +164,10 @@ class _Run:
         step, stop, agreement = self.first_step, False, StopAgreement()
         figures: dict[str, float] = {}
         if self.first_step >= self.total_steps:
-            return TrainResult(self.first_step, self.total_steps, False, self._evaluate(self.first_step))
+            return TrainResult(self.first_step, self.total_steps, False, self._evaluate(self.first_step, log=False))
         self._log_start()
+        if self._evaluation_due(self.first_step) and not self._main_says(self.log.has_evaluation, self.first_step):
+            self._evaluate(self.first_step)  # a stop came in its place
         batches = self.loader.start(self.first_step)
         self.speed.skip()
         for step in range(self.first_step + 1, self.total_steps + 1):
@@ -185,7 +193,7 @@ class _Run:
             stop = agreement.ask(stop_requested()) and not last
             if step % every.log_every == 0 or last or stop:
                 self._log(step, grad_norm)
-            if last or (every.evaluate_every and step % every.evaluate_every == 0 and not stop):
+            if last or (self._evaluation_due(step) and not stop):
                 figures = self._evaluate(step)
             if last or stop or step % every.save_every == 0:
                 self._save(step, must_succeed=last or stop)
@@ -193,6 +201,14 @@ class _Run:
                 break
         agreement.finish()
         return TrainResult(step, self.total_steps, stop, figures)
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.train.evaluate_every
+        return bool(every and step and step % every == 0)
+
+    def _main_says(self, question: Callable[[int], bool], step: int) -> bool:
+        """Ask rank zero, who alone keeps the log (collective)."""
+        return distributed.broadcast_object(question(step) if self.ranks.is_main else None)
 
     def _chunk_seed(self, step: int, accumulation: int) -> int:
         chunk = accumulation * self.ranks.world_size + self.ranks.rank
@@ -225,8 +241,9 @@ class _Run:
         # Loss and bad samples of all ranks; speed is rank 0's, the ranks step together.
         totals = torch.stack([self.loss_sum.double() / steps, self.loss_sum.new_tensor(self.loader.num_bad).double()])
         loss, bad = distributed.sum_over_ranks(totals).tolist()
-        self.loss_sum.zero_()
-        self.logged_step = step
+        if step % self.config.train.log_every == 0:  # else a stop: the next attempt finishes the window
+            self.loss_sum.zero_()
+            self.logged_step = step
         record = {
             "loss": loss / self.ranks.world_size,
             "lr": self._lr_at(step),
@@ -246,7 +263,7 @@ class _Run:
             record["failed_saves"] = self.failed_saves
         self.log.train(step, record)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int, *, log: bool = True) -> dict[str, float]:
         """Evaluate the weights, and their moving average if there is one (collective)."""
         if self.evaluation_loader is None or self.validation is None:
             return {}
@@ -262,7 +279,8 @@ class _Run:
                     self.ranks,
                     self.engine.dtype,
                 )
-            self.log.validation(step, found, prefix)
+            if log:
+                self.log.validation(step, found, prefix)
             figures |= found if prefix == "validation" else {f"ema_{key}": value for key, value in found.items()}
         self.speed.skip()
         return figures
@@ -292,6 +310,10 @@ class _Run:
                 state={
                     "counters": self.engine.counters(),
                     "data": self.loader.state_dict(step),
+                    "log_window": {
+                        "since_step": self.logged_step,
+                        "loss_sums": distributed.gather_objects(float(self.loss_sum)),  # one a rank
+                    },
                     "config": self.config.model_dump(mode="json"),
                 },
                 rng=rng,
@@ -321,6 +343,10 @@ class _Run:
         with self.engine.writing() as fragments:
             _together(lambda: load_into(manifest, fragments, self.shapes), f"loading {path}")
         self.engine.restore_counters(manifest.step, manifest.state["counters"])
+        window = manifest.state["log_window"]
+        self.logged_step, sums = window["since_step"], window["loss_sums"]
+        same_ranks = len(sums) == self.ranks.world_size
+        self.loss_sum.fill_(sums[self.ranks.rank] if same_ranks else sum(sums) / len(sums))
         rng = load_rng(manifest, self.ranks.rank)
         if "cpu" in rng:
             torch.set_rng_state(rng["cpu"])
@@ -330,12 +356,11 @@ class _Run:
         return manifest.step
 
     def close(self) -> None:
-        """Stop the workers and give the model back."""
+        """Stop the workers and flush the log; waits for no other rank."""
         self.loader.close()
         if self.evaluation_loader is not None:
             self.evaluation_loader.close()
         self.log.close()
-        self.engine.close()
 
 
 def _together(action: Callable[[], object], what: str, *, here: bool = True) -> None:

@@ -22,14 +22,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     `function` must be importable (defined at the top of a test module). An exception on any rank fails the test with
     that rank's traceback.
     """
-    context = multiprocessing.get_context("spawn")
-    port, queue = free_port(), context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(function, args, rank, world_size, port, queue))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, queue = _spawn(function, world_size, args)
     results: dict[int, Any] = {}
     try:
         for _ in processes:
@@ -42,6 +35,18 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
             if process.is_alive():
                 process.kill()
     return [results[rank] for rank in range(world_size)]
+
+
+def _spawn(function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    context = multiprocessing.get_context("spawn")
+    port, queue = free_port(), context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(function, args, rank, world_size, port, queue))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes, queue
 
 
 def _rank(
@@ -71,14 +76,7 @@ def run_until_killed(function: Callable[..., Any], world_size: int, *args: Any) 
 
     Returns the rank that died first. Fails if all ranks come to their end.
     """
-    context = multiprocessing.get_context("spawn")
-    port, queue = free_port(), context.Queue()
-    processes = [
-        context.Process(target=_rank, args=(function, args, rank, world_size, port, queue))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    processes, _ = _spawn(function, world_size, args)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:

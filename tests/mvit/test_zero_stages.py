@@ -118,8 +118,11 @@ def test_every_stage_gives_the_loss_curve_of_plain_pytorch() -> None:
     cases: list[tuple[str, int, int, dict[str, Any]]] = []
     for stage in range(4):
         cases.append((f"stage {stage}", stage, 4, {}))
-        cases.append((f"stage {stage}, accumulation 2, checkpointing", stage, 2, {"checkpointing": True}))
+        cases.append((f"stage {stage}, accumulation 2", stage, 2, {}))
+        cases.append((f"stage {stage}, checkpointing", stage, 4, {"checkpointing": True}))
     cases.append(("stage 2, offload", 2, 4, {"offload_optimizer": True}))
+    cases.append(("stage 3, offload all", 3, 4, {"offload_optimizer": True, "offload_parameters": True}))
+    cases.append(("stage 3, as shipped", 3, 4, {"persistence_threshold": 100_000}))
     cases.append(("stage 1, compiled", 1, 4, {"compile_backend": "aot_eager"}))
     plain = {micro: _plain_losses(micro) for micro in (4, 2)}
     found = run_distributed(_many_cases, 2, cases, STEPS)[0]
