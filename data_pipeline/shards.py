@@ -155,10 +155,18 @@ def open_shards(
 
 
 def check_presence(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
-    """Raise ShardError if a local shard that `spec` names does not exist; opens nothing and fetches nothing."""
+    """Raise ShardError if a local shard that `spec` names does not exist or is not as long as its manifest says.
+
+    Opens no shard and fetches nothing.
+    """
     for one in [spec] if isinstance(spec, str | os.PathLike) else list(spec):
-        if not is_remote(os.fspath(one)):
-            _resolve(os.fspath(one), None)
+        if is_remote(os.fspath(one)):
+            continue
+        paths, manifest = _resolve(os.fspath(one), None)
+        for path, entry in zip(paths, manifest["shards"] if manifest else [], strict=manifest is not None):
+            size = os.path.getsize(path)
+            if size != entry["bytes"]:
+                raise ShardError(f"{path} has {size} bytes, its manifest says {entry['bytes']}; copy or pack it again.")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:

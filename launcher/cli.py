@@ -218,7 +218,7 @@ def _add_data(group: "argparse._SubParsersAction") -> None:
         "pack",
         commands.data_pack,
         "pack a data set into tar shards with an index and a manifest",
-        "mvit data pack imagefolder photos/train shards/train",
+        "mvit data pack imagefolder photos shards",
     )
     pack.add_argument("source", choices=("imagefolder", "digits"), help="kind of data set")
     pack.add_argument("src", nargs="?", metavar="SRC", help="imagefolder: a tree [split/]class/picture")

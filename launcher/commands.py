@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 def train(args: Namespace) -> int:
     """Train in this process."""
+    from launcher.job import export_srun_rank, train_inline, wait_without_spinning
+
+    wait_without_spinning()
     import mvit
-    from launcher.job import export_srun_rank, train_inline
     from launcher.run_folder import RunFolder
     from launcher.submit import create_run, refuse_active
 
@@ -254,7 +256,7 @@ def _print_figures(figures: Mapping[str, object], as_json: bool) -> None:
         print(json.dumps(dict(figures)))
         return
     for key, value in figures.items():
-        print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+        print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
 
 
 @contextmanager

@@ -134,6 +134,8 @@ def _exports(run: RunFolder, cluster: ClusterConfig) -> list[str]:
         *(f"export {key}={shlex.quote(value)}" for key, value in cluster.env.items()),
         f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "export PYTHONSAFEPATH=1",
+        # Since Slurm 22.05 srun does not take this over from sbatch: each rank would get one core.
+        *([f"export SRUN_CPUS_PER_TASK={cluster.cpus_per_rank}"] if cluster.cpus_per_rank else []),
         # CPU ranks must not meet on a GPU that happens to be there.
         *(["export CUDA_VISIBLE_DEVICES="] if cluster.gpus_per_node == 0 else []),
     ]

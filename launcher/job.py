@@ -131,6 +131,8 @@ def train_inline(config: "RunConfig", run: RunFolder) -> int:
         result = mvit.train(config, run_dir=run.path, stop_requested=stop)
         _leave_group()
     except BaseException as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            _leave_group()  # nobody else can be waiting
         if rank == 0:
             record_error(run.attempt_dir(attempt), rank, error, print_it=False)
             detail = f"{type(error).__name__}: {error}"
@@ -223,6 +225,15 @@ def _export(place: RankPlace, address: tuple[str, int], cpus_per_rank: int | Non
     os.environ.update(place.environment, MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
     cpus = cpus_per_rank or max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
+    wait_without_spinning()
+
+
+def wait_without_spinning() -> None:
+    """Let OpenMP's threads sleep while they wait; to be called before torch is imported.
+
+    Spinning on a core that something else needs made a run on a shared machine five times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _record_start(

@@ -6,7 +6,8 @@ from types import FrameType
 
 EXIT_STOPPED = 85  # stopped on request after a complete save: start me again
 EXIT_FAILED = 86  # an exception; the checkpoints on disk are good
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # Slurm's warning; the end of a grace time, a container's stop
+# Slurm's warning; the end of a grace time or a container's stop; a terminal that was closed
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -54,5 +55,6 @@ class StopRequest:
 def _forget_in_child() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

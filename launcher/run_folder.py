@@ -141,7 +141,8 @@ def _occupied(run: RunFolder) -> RunFolderError:
         return RunFolderError(
             f"{run.path} belongs to the run {found.get('name')!r} (id {found.get('id')}, created "
             f"{found.get('created')}, last checkpoint at step {run.checkpoint_step()}). To continue that run: "
-            f"mvit resume {run.path}. To start another: give it another name (name=…) or output_dir."
+            f"mvit resume {run.path}, or `mvit train … --resume`. To start another: give it another name "
+            "(name=…) or output_dir."
         )
     if not run.path.is_dir():
         return RunFolderError(f"{run.path} is a file, so it cannot be the run folder: choose another name=….")

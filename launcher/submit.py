@@ -41,7 +41,7 @@ class Submission:
 
 def check_data_is_there(config: "RunConfig") -> None:
     """Raise ValueError before the job is queued if the recipe's shards are missing or do not exist on this machine."""
-    from data_pipeline.shards import ShardError, check_presence
+    from data_pipeline.shards import ShardError, check_presence, read_manifest
 
     for key, spec in (("train", config.data.train), ("validation", config.data.validation)):
         if spec is None:
@@ -50,10 +50,17 @@ def check_data_is_there(config: "RunConfig") -> None:
             continue
         try:
             check_presence(spec)
+            manifests = [read_manifest(one) for one in ([spec] if isinstance(spec, str) else spec)]
         except ShardError as error:
             raise ClusterError(
                 f"data.{key} = {spec}: {error} If only the nodes can see them, submit with --no-data-check."
             ) from error
+        classes = max((len(manifest["class_names"]) for manifest in manifests if manifest), default=0)
+        if classes > config.model.num_classes:
+            raise ClusterError(
+                f"model.num_classes = {config.model.num_classes}, but data.{key} = {spec} has {classes} classes; "
+                f"set model.num_classes={classes}"
+            )
 
 
 def create_run(config: "RunConfig", command: Sequence[str], cluster: ClusterConfig | None = None) -> RunFolder:

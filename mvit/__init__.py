@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mvit.config import RunConfig, load_config
     from mvit.evaluation import evaluate
+    from mvit.export import load_model
     from mvit.trainer import TrainResult, train
     from mvit.variants import create_model
     from mvit.weights import LoadReport, load_weights
@@ -21,6 +22,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "load_config",
+    "load_model",
     "load_weights",
     "train",
 ]
@@ -31,10 +33,15 @@ _HOME = {
     "LoadReport": "mvit.weights",
     "load_config": "mvit.config",
     "RunConfig": "mvit.config",
+    "load_model": "mvit.export",
     "train": "mvit.trainer",
     "TrainResult": "mvit.trainer",
     "evaluate": "mvit.evaluation",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -143,6 +143,11 @@ class RunConfig(Settings):
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size = {self.train.micro_batch_size}; change one of them"
             )
+        if self.image.mixes and self.train.micro_batch_size < 2:
+            raise ValueError(
+                f"train.micro_batch_size = {self.train.micro_batch_size}: with mixup or cutmix on, a micro-batch is "
+                "mixed with itself and needs at least 2 pictures; raise it, or set image.mix_prob=0"
+            )
         if self.train.precision == "fp16" and self.zero.stage == 0:
             raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")
         return self
@@ -155,7 +160,9 @@ class RunConfig(Settings):
         """Derive the accumulation; raises ConfigError with the arithmetic if the batch does not divide."""
         total, micro = self.train.global_batch_size, self.train.micro_batch_size
         if total % (micro * world_size):
-            fits = sorted((d for d in range(1, total // world_size + 1) if total % (d * world_size) == 0), reverse=True)
+            least = 2 if self.image.mixes else 1
+            sizes = range(least, total // world_size + 1)
+            fits = sorted((size for size in sizes if total % (size * world_size) == 0), reverse=True)
             ways = f"train.micro_batch_size one of {fits}" if fits else f"another number of ranks than {world_size}"
             below, above = total // (micro * world_size) * micro * world_size, -(-total // (micro * world_size))
             nearest = " or ".join(str(n) for n in (below, above * micro * world_size) if n)

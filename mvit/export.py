@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvit.checkpoint import CheckpointError, newest_valid, read_manifest
 from mvit.checkpoint_load import whole_weights
@@ -42,6 +43,25 @@ def export_weights(source: Path, out: Path, *, naming: Naming = "mvit", ema: boo
     finally:
         part.unlink(missing_ok=True)
     return out
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """Build the model that an exported .safetensors file belongs to and load its weights, in evaluation mode.
+
+    The file carries the recipe it was trained with. Raises ValueError for a file that `mvit export` did not write.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a .safetensors file that `mvit export` wrote ({error!r}); build the model with "
+            "mvit.create_model and fill it with mvit.load_weights"
+        ) from error
+    task = create_task(parse_config(config, source=str(path)))
+    model = task.build_model()
+    task.load_weights(model, path)
+    return model.eval()
 
 
 def _write(path: Path, tensors: dict[str, Tensor], step: int, config: dict[str, Any]) -> None:

@@ -20,13 +20,13 @@ class ProgressDisplay:
     """
 
     def __init__(self, total_steps: int | None = None, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console: Console | None = console or Console()
         self._total_steps = total_steps
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console is not None and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.fields[of]}"),
                 BarColumn(),
@@ -73,8 +73,13 @@ class ProgressDisplay:
             self._bar.update(self._task, figures=_figures(record))
 
     def _print(self, text: str) -> None:
-        # soft_wrap: a log line stays one line, whatever width a terminal that is not there is said to have
-        self._console.print(escape(text), highlight=False, soft_wrap=True)
+        if self._console is None:
+            return
+        try:
+            # soft_wrap: a log line stays one line, whatever width a terminal that is not there is said to have
+            self._console.print(escape(text), highlight=False, soft_wrap=True)
+        except (OSError, SystemExit):  # rich's answer to a reader that is gone; a run must not end for it
+            self._console = None
 
 
 def format_duration(seconds: float) -> str:

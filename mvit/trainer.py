@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.loader import TrainLoader
-from data_pipeline.mixup import check_micro_batch
 from data_pipeline.order import derive_seed
 from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
@@ -88,7 +87,6 @@ class _Run:
         self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision = fp16 does not run on CPUs; use train.precision=bf16 or fp32")
-        check_micro_batch(config.image, config.train.micro_batch_size)
         self.shards, self.validation = _open_data(config, ranks)
         self.total_steps = config.total_steps(len(self.shards))
         _together(lambda: claim(run_dir, config), "claiming the run folder", here=ranks.is_main)
@@ -230,6 +228,12 @@ class _Run:
         start = f"continuing after step {self.first_step}" if self.first_step else "starting"
         logger.info("%s: %s of %d steps, %d samples", self.config.name, start, self.total_steps, len(self.shards))
         logger.info("%.2f M parameters, ZeRO-%d, %s", parameters / 1e6, self.config.zero.stage, self.batch)
+        if self.config.train.save_every > self.total_steps:
+            logger.warning(
+                "train.save_every = %d is more than the run's %d steps: it saves at its end or when stopped only",
+                self.config.train.save_every,
+                self.total_steps,
+            )
         if self.first_step == 0:
             self.log.config(self.config.to_yaml(), 0)
 

@@ -55,6 +55,7 @@ def test_dry_run_prints_arithmetic_and_script_and_creates_nothing(slurm_project:
         "#SBATCH --mail-type=END",
         "#SBATCH --job-name=trial",
         "module load cuda",
+        "export SRUN_CPUS_PER_TASK=6",
         "export NCCL_DEBUG='WARN two'",
         f"export PYTHONPATH={slurm_project.run_dir}/code",
         "--kill-on-bad-exit=1",

@@ -8,7 +8,7 @@ import pytest
 from tests.launcher.project import Project, wait_until
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_stop_signal_saves_and_exits_85_and_resume_continues(project: Project, signum: signal.Signals) -> None:
     process = project.start("train", "recipe.yaml", "steps=60", "save_every=1000")
     project.wait_for_training(num_ranks=1)

@@ -29,6 +29,7 @@ TINY = ROOT / "configs" / "imagenet1k" / "mvitv2_tiny.yaml"
         (["train.micro_batch_size=33"], r"global_batch_size = 2048 is not a multiple of .*micro_batch_size = 33"),
         (["train.activation_checkpointing=[stage5]"], r"activation_checkpointing.* = 'stage5'.*'stage1', 'stage2'"),
         (["schedule.warmup_epochs=301"], r"schedule: warmup_epochs = 301.* is longer than the training"),
+        (["train.micro_batch_size=1"], r"train\.micro_batch_size = 1: with mixup or cutmix on.*image\.mix_prob=0"),
         (["name=a/b"], r"name = 'a/b': .*must not contain slashes"),
         (["optim.lr"], r"override 'optim\.lr' has no `=`"),
     ],

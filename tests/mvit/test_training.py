@@ -297,6 +297,7 @@ def test_no_disk_space_is_found_before_the_first_step(
 def test_evaluation_of_a_run_folder_equals_the_training_s_own(
     train: Callable[..., Any], digits: Path, tmp_path: Path
 ) -> None:
+    from mvit.checkpoint_load import whole_weights
     from mvit.export import export_weights
 
     result = train()
@@ -310,5 +311,10 @@ def test_evaluation_of_a_run_folder_equals_the_training_s_own(
     for naming, suffix in (("mvit", "safetensors"), ("timm", "safetensors"), ("official", "pyth")):
         file = export_weights(config.run_dir, tmp_path / f"{naming}.{suffix}", naming=naming)  # type: ignore[arg-type]
         assert mvit.evaluate(config, file, show_progress=False)["loss"] == pytest.approx(again["loss"], rel=1e-6)
+    saved = dict(whole_weights(checkpoint_path(config.run_dir, TOTAL_STEPS)))
+    rebuilt = mvit.load_model(tmp_path / "timm.safetensors")
+    assert torch.equal(rebuilt.state_dict()["head.projection.bias"], saved["head.projection.bias"])
+    with pytest.raises(ValueError, match=r"not a \.safetensors file"):
+        mvit.load_model(tmp_path / "official.pyth")
     with pytest.raises(ValueError, match="unknown suffix"):
         export_weights(config.run_dir, tmp_path / "weights.onnx")
