@@ -55,8 +55,8 @@ def check_data_is_there(config: "RunConfig") -> None:
             raise ClusterError(
                 f"data.{key} = {spec}: {error} If only the nodes can see them, submit with --no-data-check."
             ) from error
-        classes = max((len(manifest["class_names"]) for manifest in manifests if manifest), default=0)
-        if classes > config.model.num_classes:
+        classes = max((len(manifest["class_names"]) for manifest in manifests if manifest), default=0)  # 0: bare tars
+        if classes and classes > config.model.num_classes:
             raise ClusterError(
                 f"model.num_classes = {config.model.num_classes}, but data.{key} = {spec} has {classes} classes; "
                 f"set model.num_classes={classes}"
