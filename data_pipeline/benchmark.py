@@ -42,6 +42,7 @@ class TorchvisionTransform:
 
     def __init__(self, config: ImageConfig) -> None:
         mode = transforms.InterpolationMode(config.interpolation)
+        self._image_size = config.image_size
         self._crop = transforms.RandomResizedCrop(config.image_size, config.crop_scale, config.crop_ratio, mode)
         self._flip = transforms.RandomHorizontalFlip(config.hflip_prob)
         self._augment = rand_augment(config)
@@ -56,8 +57,8 @@ class TorchvisionTransform:
         return pixels, class_label(members)
 
     def padding(self) -> tuple[torch.Tensor, int]:
-        """Refuse: this transform is only for measuring training."""
-        raise NotImplementedError
+        """Return the example that fills up an evaluation batch."""
+        return torch.zeros(3, *self._image_size), 0
 
 
 class UndecodedTransform:

@@ -102,6 +102,7 @@ def test_usr2_to_the_whole_process_group_saves_and_kills_nobody(project: Project
     for process in [controller, *controller.children()]:  # what a `kill -USR2 -- -PGID` reaches
         process.send_signal(signal.SIGUSR2)
     wait_until(lambda: project.status()["state"] == "stopped", timeout=15)
+    assert project.status()["checkpoint_step"] > 0
 
 
 def test_a_stop_that_comes_before_the_ranks_have_handlers_is_not_lost(project: Project) -> None:
