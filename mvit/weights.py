@@ -1,21 +1,21 @@
 """Read weights into a model: published or our own, from a file or a state dict, never running code from the file."""
 
-import pickle
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvit.model.backbone import MViT
-from mvit.model.convert import fit_tensor, import_names
+from mvit.model.convert import detector_part, fit_tensor, import_names
+from mvit.weight_files import read_checkpoint
 
 _WRAPPERS = ("model_state", "state_dict", "model", "module")  # keys under which training code keeps the weights
 _PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 _MAX_LISTED = 40
+# What may start anew, by the start of its names: detectron2's backbone ends with norms of its own and has no token.
+_RENEWABLE = {"detectron2": ("head.", "norm.", "cls_token")}
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,17 @@ class LoadReport:
     """What became of every tensor of a checkpoint and every parameter of the model."""
 
     naming: str
-    """Whose parameter names the checkpoint has: "official" (also our own), "timm" or "torchvision"."""
+    """Whose parameter names the checkpoint has: "official" (also our own), "timm", "torchvision" or "detectron2"."""
     loaded: tuple[str, ...]
     """Our names of all parameters that were set, the resized ones included."""
     resized: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """(name, old shape, new shape) of the position tables that were interpolated."""
     missing: tuple[str, ...]
-    """Parameters of the model that were not in the checkpoint: the new head, if one was allowed, else none."""
+    """Parameters of the model that start anew, if a new head was allowed: the head; after detectron2's backbone the
+    final norm and the class token, too. Else none."""
     unexpected: tuple[str, ...]
-    """Tensors of the checkpoint that were not used: its head, if a new one was allowed, else none."""
+    """Tensors of the checkpoint that were not used: its head, if a new one was allowed, and whatever a detector has
+    beside the backbone. Else none."""
 
     def summary(self) -> str:
         """Return a few lines for a log."""
@@ -41,6 +43,9 @@ class LoadReport:
             lines += [f"  {name}: {list(old)} -> {list(new)}" for name, old, new in self.resized]
         if self.missing:
             lines.append(f"the head starts anew: {', '.join(self.missing)}")
+        if self.unexpected:
+            parts = Counter(detector_part(name) or name.split(".")[0] for name in self.unexpected)
+            lines.append(f"not used: {', '.join(f'{count} of {part}' for part, count in parts.items())}")
         return "\n".join(lines)
 
 
@@ -48,7 +53,8 @@ def load_weights(model: MViT, source: str | Path | Mapping[str, object], *, allo
     """Set the parameters of `model` from a file or a state dict in any published naming, which is detected.
 
     Position tables of another input size are interpolated and reported. `allow_new_head` starts a fresh classifier
-    where the checkpoint has none or one for another number of classes. The model is changed only if all fits.
+    where the checkpoint has none or one for another number of classes. Of a detectron2 detector the backbone is taken,
+    its other parts are reported. The model is changed only if all fits.
 
     Raises ValueError naming the keys and shapes of whatever cannot be explained.
     """
@@ -73,51 +79,42 @@ def load_weights(model: MViT, source: str | Path | Mapping[str, object], *, allo
             resized.append((name, tuple(state[name].shape), shape))
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
+    unused: list[str] = []
+    if naming == "detectron2":
+        unused = [name for name in unexpected if detector_part(name)]
+        unexpected = [name for name in unexpected if name not in unused]
 
-    head = [name for name in wanted if name.startswith("head.") and name not in fitted]
-    unused_head: list[str] = []
-    if head and allow_new_head:
-        head = [name for name in wanted if name.startswith("head.")]  # weight and bias together
-        unused_head = [name for name in state if name.startswith("head.")]
-        missing = [name for name in missing if name not in head]
-        wrong = {name: shapes for name, shapes in wrong.items() if name not in head}
+    # Whole groups, weight and bias together
+    unfit = [start for start in _RENEWABLE.get(naming, ("head.",)) if _has_unfit(start, wanted, fitted)]
+    renewed: list[str] = []
+    if unfit and allow_new_head:
+        renewed = [name for name in wanted if name.startswith(tuple(unfit))]
+        unused = [name for name in state if name.startswith(tuple(unfit))] + unused
+        missing = [name for name in missing if name not in renewed]
+        wrong = {name: shapes for name, shapes in wrong.items() if name not in renewed}
     if missing or unexpected or wrong:
         raise ValueError(_explain(label, naming, model, state, wanted, missing, unexpected, wrong))
-    if head:
-        model.head.projection.reset_parameters()
-        fitted = {name: tensor for name, tensor in fitted.items() if name not in head}
-    model.load_state_dict(fitted, strict=False)  # strictness was enforced above, the new head excepted
+    for start in unfit:
+        _renew(model, start)
+    fitted = {name: tensor for name, tensor in fitted.items() if name not in renewed}
+    model.load_state_dict(fitted, strict=False)  # strictness was enforced above, what starts anew excepted
     return LoadReport(
-        naming, tuple(n for n in wanted if n in fitted), tuple(sorted(resized)), tuple(head), tuple(unused_head)
+        naming, tuple(n for n in wanted if n in fitted), tuple(sorted(resized)), tuple(renewed), tuple(unused)
     )
 
 
-def read_checkpoint(path: str | Path) -> Mapping[str, object]:
-    """Read a .safetensors file, or a torch file without executing anything in it.
+def _has_unfit(start: str, wanted: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(start) and name not in fitted for name in wanted)
 
-    Raises ValueError if the file is not there, is damaged, or holds more than tensors and plain values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"weights {path}: no such file")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"weights {path}: not a readable safetensors file ({error})") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights {path}: refused, because it is not a torch file of tensors and plain values alone. Loading it "
-            "could run code. If you trust its origin, re-save only its state dict, for instance as safetensors. "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"weights {path}: damaged or not a torch file ({error})") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"weights {path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
+
+def _renew(model: MViT, start: str) -> None:
+    """Initialise the parameters whose names begin so, as a new model's are."""
+    if start == "head.":
+        model.head.projection.reset_parameters()
+    elif start == "norm.":
+        model.norm.reset_parameters()
+    elif model.cls_token is not None:
+        nn.init.trunc_normal_(model.cls_token, std=0.02)
 
 
 def _state_dict(content: Mapping[str, object], label: str) -> dict[str, Tensor]:
@@ -185,7 +182,9 @@ def _hints(
         )
     elif "head.projection.weight" in missing:
         hints.append("The weights have no head: give allow_new_head=True to start a new one.")
-    if "cls_token" in unexpected + missing:
+    if "norm.weight" in missing and any(detector_part(name) for name in state):
+        hints.append("detectron2's backbone has no final norm and no class token: the option starts them anew, too.")
+    elif "cls_token" in unexpected + missing:
         hints.append(f"Build the model with class_token={'cls_token' in unexpected}.")
     if any(name.startswith("pos_embed") for name in unexpected + missing):
         hints.append("The absolute positions differ: see absolute_positions.")

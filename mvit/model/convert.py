@@ -1,4 +1,4 @@
-"""Parameter names: published checkpoints (official, SlowFast, timm, torchvision) ↔ ours, and tables of other sizes."""
+"""Parameter names: published checkpoints (official, SlowFast, timm, torchvision, detectron2) ↔ ours; table sizes."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from mvit.model.positions import resize_absolute, resize_table, square_grid
 
 # Our names are those of facebookresearch/mvit and SlowFast ("official"). Rules for the others: (their part, our part),
 # the first that occurs in a name is applied, in either direction.
-Naming = Literal["official", "timm", "torchvision"]
+Naming = Literal["official", "timm", "torchvision", "detectron2"]
 _TIMM = ((".shortcut_proj_attn.", ".proj."), (".shortcut_proj_mlp.", ".proj."), ("head.fc.", "head.projection."))
 _TORCHVISION = (
     ("conv_proj.", "patch_embed.proj."),
@@ -32,6 +32,13 @@ _TORCHVISION = (
 )
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _TIMM_BLOCK = re.compile(r"^stages\.(\d+)\.blocks\.(\d+)\.")
+# detectron2: our names behind a prefix (a detector's or an FPN's), beside the detector's other parts
+_DETECTRON2 = re.compile(r"^(?:backbone\.)?bottom_up\.")
+_PYRAMID_NORM = re.compile(r"^scale[2-5]_norm\.")
+_DETECTOR_PART = re.compile(
+    r"^(?:backbone\.)?(scale[2-5]_norm|fpn|top_block|proposal_generator|roi_heads|sem_seg_head|pixel_mean|pixel_std)"
+    r"(?![a-z])"
+)
 
 
 def layer_index(name: str, depth: int) -> int:
@@ -53,6 +60,8 @@ def layer_index(name: str, depth: int) -> int:
 def detect_naming(names: Iterable[str]) -> Naming:
     """Tell whose parameter names these are; raise ValueError, showing some of them, if nobody's known here."""
     names = list(names)
+    if any(_DETECTRON2.match(name) or _PYRAMID_NORM.match(name) for name in names):
+        return "detectron2"
     if any(_TIMM_BLOCK.match(name) for name in names):
         return "timm"
     if "conv_proj.weight" in names:
@@ -68,16 +77,17 @@ def detect_naming(names: Iterable[str]) -> Naming:
 def import_names(state: Mapping[str, Tensor]) -> tuple[Naming, dict[str, Tensor]]:
     """Rename a state dict to our names; return whose names it had, and the new dict.
 
-    Raises ValueError if the naming is not known or two entries become one.
+    What a detector has beside the backbone keeps its names: see `detector_part`. Raises ValueError if the naming is
+    not known or two entries become one.
     """
     naming = detect_naming(state)
     if naming == "official":
         return naming, dict(state)
-    rules = _TIMM if naming == "timm" else _TORCHVISION
+    rules = {"timm": _TIMM, "torchvision": _TORCHVISION, "detectron2": ()}[naming]
     depths = _timm_depths(state) if naming == "timm" else []
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        ours = name
+        ours = _DETECTRON2.sub("", name) if naming == "detectron2" else name
         block = _TIMM_BLOCK.match(name)
         if naming == "timm" and block:
             index = sum(depths[: int(block[1])]) + int(block[2])
@@ -92,32 +102,49 @@ def import_names(state: Mapping[str, Tensor]) -> tuple[Naming, dict[str, Tensor]
     return naming, renamed
 
 
-def export_names(state: Mapping[str, Tensor], naming: Literal["official", "timm"]) -> dict[str, Tensor]:
-    """Rename our state dict for other code; stages and the place of channel growth are read from the shapes.
+def detector_part(name: str) -> str | None:
+    """Return the part of a detectron2 detector that a tensor belongs to, "roi_heads" for one.
 
-    "official" is the content of a checkpoint's `model_state`. Raises ValueError for clips in timm's naming, which
-    timm does not have, and for an unknown naming.
+    None for the backbone proper and for what is not known. The pyramid's norms, fresh in every detector, are a part.
+    """
+    found = _DETECTOR_PART.match(name)
+    return found[1] if found else None
+
+
+def export_names(state: Mapping[str, Tensor], naming: Literal["official", "timm"]) -> dict[str, Tensor]:
+    """Rename our state dict for other code: "official" is the content of a checkpoint's `model_state`.
+
+    Raises ValueError as `names_for` does.
+    """
+    names = names_for({name: tensor.shape for name, tensor in state.items()}, naming)
+    return {names[name]: tensor for name, tensor in state.items()}
+
+
+def names_for(shapes: Mapping[str, Sequence[int]], naming: Literal["official", "timm"]) -> dict[str, str]:
+    """Return {our name: the other code's name}; stages and the place of channel growth are read from the shapes.
+
+    Raises ValueError for clips in timm's naming, which timm does not have, and for an unknown naming.
     """
     if naming == "official":
-        return dict(state)
+        return {name: name for name in shapes}
     if naming != "timm":
         raise ValueError(f"naming={naming!r} must be 'official' or 'timm'")
-    if state["patch_embed.proj.weight"].ndim != 4:
+    if len(shapes["patch_embed.proj.weight"]) != 4:
         raise ValueError("timm has no video MViTv2: export these weights with the official names")
-    places = _timm_places(state)
-    exported: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    places = _timm_places(shapes)
+    names: dict[str, str] = {}
+    for name in shapes:
         block = _BLOCK.match(name)
         theirs = name.replace("head.projection.", "head.fc.")
         if block:
             index = int(block[1])
             rest = name[block.end() :]
             if rest.startswith("proj."):
-                dim = state[f"blocks.{index}.attn.qkv.weight"].shape
+                dim = shapes[f"blocks.{index}.attn.qkv.weight"]
                 rest = rest.replace("proj.", "shortcut_proj_mlp." if dim[0] == 3 * dim[1] else "shortcut_proj_attn.")
             theirs = f"{places[index]}.{rest}"
-        exported[theirs] = tensor
-    return exported
+        names[name] = theirs
+    return names
 
 
 def fit_tensor(
@@ -164,12 +191,12 @@ def _timm_depths(names: Iterable[str]) -> list[int]:
     return [last.get(stage, -1) + 1 for stage in range(max(last) + 1)]
 
 
-def _timm_places(state: Mapping[str, Tensor]) -> list[str]:
+def _timm_places(shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """Return "stages.s.blocks.j" for every block: within a stage the attention width is constant, then it doubles."""
     places: list[str] = []
     stage, first, width = -1, 0, 0
-    for index in range(sum(name.endswith(".attn.qkv.weight") for name in state)):
-        rows = state[f"blocks.{index}.attn.qkv.weight"].shape[0]
+    for index in range(sum(name.endswith(".attn.qkv.weight") for name in shapes)):
+        rows = shapes[f"blocks.{index}.attn.qkv.weight"][0]
         if rows != width:
             stage, first, width = stage + 1, index, rows
         places.append(f"stages.{stage}.blocks.{index - first}")

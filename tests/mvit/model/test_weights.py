@@ -1,6 +1,6 @@
 """Weights load from every published naming, and nothing that does not fit is passed over."""
 
-import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -209,21 +209,122 @@ def test_dictionaries_that_are_no_mvit_weights_are_refused(content: dict[str, Te
         load_weights(small_model(), content)
 
 
-class Exploit:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path("executed"),))  # pyright: ignore[reportReturnType]
+DETECTOR = {
+    "proposal_generator.rpn_head.conv.weight": (8, 8, 3, 3),
+    "proposal_generator.anchor_generator.cell_anchors.0": (3, 4),
+    "roi_heads.box_predictor.cls_score.weight": (81, 8),
+    "roi_heads.mask_head.mask_fcn1.bias": (8,),
+    "backbone.fpn_lateral2.weight": (8, 24, 1, 1),
+    "backbone.fpn_output2.bias": (8,),
+    "backbone.top_block.p6.weight": (8, 8, 3, 3),
+    "pixel_mean": (3, 1, 1),
+    "pixel_std": (3, 1, 1),
+}
+NORMS = {f"scale{stage}_norm.{leaf}": (24 * 2 ** (stage - 2),) for stage in range(2, 6) for leaf in ("weight", "bias")}
+OF_CLASSIFIER = ("head.projection.weight", "head.projection.bias", "norm.weight", "norm.bias", "cls_token")
 
 
-def test_a_file_that_would_run_code_is_refused_and_runs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model_state": state_of(small_model()), "extra": Exploit()}, "zip.pyth")
-    Path("plain.pkl").write_bytes(pickle.dumps(Exploit(), protocol=2))
-    for name in ("zip.pyth", "plain.pkl"):
-        with pytest.raises(ValueError, match=f"{name}: refused.*could run code"):
-            load_weights(small_model(), name)
-    assert not Path("executed").exists()
+def detector_state(state: dict[str, Tensor], prefix: str = "backbone.bottom_up.") -> dict[str, Tensor]:
+    """Return the checkpoint of a detectron2 detector whose backbone has these weights."""
+    backbone = {name: tensor for name, tensor in state.items() if name not in OF_CLASSIFIER}
+    norms = {name: torch.ones(shape) for name, shape in NORMS.items()}
+    parts = {name: torch.ones(shape) for name, shape in DETECTOR.items()} if prefix else {}
+    if prefix == "bottom_up.":  # the state dict of a detector's pyramid alone
+        parts = {name.removeprefix("backbone."): parts[name] for name in parts if name.startswith("backbone.")}
+    return {prefix + name: tensor for name, tensor in (backbone | norms).items()} | parts
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("prefix", ["backbone.bottom_up.", "bottom_up.", ""])
+def test_the_backbone_of_a_detectron2_detector_loads_into_a_classifier(prefix: str, class_token: bool) -> None:
+    state = state_of(small_model(1))
+    theirs = detector_state(state, prefix)
+    model = small_model(2, class_token=class_token)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"(?s)detectron2 names.*Missing:.*norm.*head.*allow_new_head=True.*no final"):
+        load_weights(model, theirs)
+    assert_same(model, before)
+    for name in ("head.projection.weight", "norm.bias"):
+        model.get_parameter(name).data.fill_(3.0)
+    report = load_weights(model, {"model": theirs, "__author__": "somebody"}, allow_new_head=True)
+    assert report.naming == "detectron2"
+    assert set(report.missing) == {name for name in OF_CLASSIFIER if name in before}
+    assert_same_except(model, state, set(report.missing))
+    assert model.norm.weight.eq(1).all()
+    assert model.norm.bias.eq(0).all()
+    assert 0 < model.head.projection.weight.abs().max() < 1
+    if class_token:
+        assert not torch.equal(model.state_dict()["cls_token"], before["cls_token"])
+    others = {name.removeprefix(prefix) for name in theirs} - state.keys()
+    assert set(report.unexpected) == others
+    if prefix == "backbone.bottom_up.":
+        for count in ("2 of scale2_norm", "2 of proposal_generator", "2 of roi_heads", "2 of fpn", "1 of top_block"):
+            assert count in report.summary()
+        assert "1 of pixel_mean, 1 of pixel_std" in report.summary()
+
+
+def test_a_tensor_that_no_detector_has_is_refused() -> None:
+    """Beside the known parts of a detector nothing is passed over, inside its backbone nothing at all."""
+    theirs = detector_state(state_of(small_model(1)))
+    for name in ("backbone.bottom_up.blocks.9.norm1.weight", "something_else.weight", "pixel_meaning"):
+        with pytest.raises(ValueError, match=rf"(?s)Unexpected:\n  {name.removeprefix('backbone.bottom_up.')} \[4\]"):
+            load_weights(small_model(2), theirs | {name: torch.zeros(4)}, allow_new_head=True)
+    del theirs["backbone.bottom_up.blocks.2.norm1.weight"]
+    with pytest.raises(ValueError, match=r"(?s)Missing:\n  blocks.2.norm1.weight \[48\]"):
+        load_weights(small_model(2), theirs, allow_new_head=True)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("positions", [False, True, "separable"])
+def test_slowfasts_video_checkpoints_load(positions: bool | str, class_token: bool) -> None:
+    """5-D pools, three tables of relative positions, joint or separable absolute ones, with the class token's own."""
+    options: dict[str, object] = {"input_size": (8, 32, 32), "absolute_positions": positions}
+    options |= {"class_token": class_token, "readout": "mean_then_norm"}
+    state = state_of(small_model(1, **options))
+    assert state["blocks.0.attn.pool_q.weight"].shape == (24, 1, 3, 3, 3)
+    assert "blocks.0.attn.rel_pos_t" in state
+    assert ("pos_embed_class" in state) == (positions == "separable" and class_token)
+    assert ("cls_token" in state) == class_token
+    model = small_model(2, **options)
+    content = {"epoch": 199, "model_state": state, "optimizer_state": {"state": {}}, "cfg": "TRAIN: …"}
+    report = load_weights(model, content)
+    assert_same(model, state)
+    assert (report.naming, report.resized, report.missing) == ("official", (), ())
+
+
+def test_torchvisions_names_are_read_and_only_shapes_of_positions_differ() -> None:
+    """Every kind of name that torchvision's video models have, made from ours; the class token is (C,) there."""
+    options: dict[str, object] = {"input_size": (8, 32, 32), "absolute_positions": "separable"}
+    state = state_of(small_model(1, **options))
+    theirs = {torchvision_name(name): tensor for name, tensor in state.items()}
+    for name in ("class_token", "class_pos"):
+        theirs[f"pos_encoding.{name}"] = theirs[f"pos_encoding.{name}"].flatten()
+    for name in ("spatial_pos", "temporal_pos"):
+        theirs[f"pos_encoding.{name}"] = theirs[f"pos_encoding.{name}"][0]
+    model = small_model(2, **options)
+    report = load_weights(model, theirs)
+    assert report.naming == "torchvision"
+    assert_same(model, state)
+
+
+def torchvision_name(name: str) -> str:
+    """Spell one of our names as torchvision does."""
+    for ours, their in (
+        (r"^patch_embed\.proj", "conv_proj"),
+        (r"^cls_token$", "pos_encoding.class_token"),
+        (r"^pos_embed_(\w+)$", r"pos_encoding.\1_pos"),
+        (r"attn\.proj", "attn.project.0"),
+        (r"attn\.(pool_[qkv])", r"attn.\1.pool"),
+        (r"attn\.norm_([qkv])", r"attn.pool_\1.norm_act.0"),
+        (r"^(blocks\.\d+)\.proj", r"\1.project"),
+        (r"mlp\.fc1", "mlp.0"),
+        (r"mlp\.fc2", "mlp.3"),
+        (r"^head\.projection", "head.1"),
+    ):
+        name, found = re.subn(ours, their, name)
+        if found:
+            return name
+    return name
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
