@@ -1,8 +1,9 @@
-"""Checkpoints on disk: layout, manifest, verification, the newest valid one, retention.
+"""Checkpoints on disk: layout, manifest, verification, the newest valid one.
 
     checkpoints/step_00000100/manifest.json           what, when, by whom; size and SHA-256 of every file
-                             /rank_00000.safetensors  flat fp32 tensors `fp32`, `exp_avg`, `exp_avg_sq` (`ema`), RNG
-    checkpoints/published.jsonl                       one line per published step, to notice one that vanished
+                             /rank_00000.safetensors  flat fp32 tensors `fp32`, `exp_avg`, `exp_avg_sq` (`ema`),
+                                                      `frozen`; `rng.*`; rank 0 also `buffer.*`
+    checkpoints/published.jsonl                       what was published and read back, to notice what vanished
 
 A file holds what its rank owned: ranges of flattened parameters, listed in the manifest's table as
 [name, numel, start, count, offset in the flat tensors]. The same ranges can be read at any world size and ZeRO
@@ -11,10 +12,11 @@ stage. A folder gets its final name only when every file and the manifest are on
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ import torch
 from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger
 from mvit.fragments import EMA
 
-FORMAT = "mvit-ranges-1"
+FORMAT = "mvit-ranges-2"
 _NAME = re.compile(r"step_(\d{8,})")
+_PIECE = 1 << 23  # bytes read at once
 
 
 class CheckpointError(ValueError):
@@ -43,10 +46,20 @@ class Manifest:
     groups: tuple[dict[str, Any], ...]
     state: dict[str, Any]
     """What the trainer stored besides tensors: counters, data cursor, resolved config."""
+    created: str = ""
+    score: float | None = None
+    """The evaluation's figure of merit at this step, if there was one."""
+    buffers: tuple[str, ...] = ()
+    fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
+    """{state: {parameter: mvit.fingerprint}} of every trained parameter."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file["bytes"] for file in self.files)
 
     @property
     def has_ema(self) -> bool:
-        return all(EMA in file["states"] for file in self.files)
+        return all(EMA in file["states"] for file in self.files if file["table"])
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -88,6 +101,10 @@ def read_manifest(path: Path) -> Manifest:
         shapes=raw["shapes"],
         groups=tuple(raw["groups"]),
         state=raw["state"],
+        created=raw.get("created", ""),
+        score=raw.get("score"),
+        buffers=tuple(raw.get("buffers", ())),
+        fingerprints=raw.get("fingerprints", {}),
     )
 
 
@@ -101,27 +118,48 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def verify(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+def file_sha256(path: Path, *, from_disk: bool = False, give_up: Callable[[], bool] | None = None) -> str | None:
+    """Return a file's SHA-256 in hexadecimal, or None if `give_up` became true on the way.
+
+    `from_disk` drops the file from the page cache first, where the system can, so that the medium itself is read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while piece := file.read(_PIECE):
+            if give_up is not None and give_up():
+                return None
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def verify(
+    path: Path, *, share: tuple[int, int] = (0, 1), progress: Callable[[int, int], None] | None = None
+) -> list[str]:
     """Compare a checkpoint's files with its manifest, byte for byte; returns the problems found.
 
-    `share` = (i, n) checks every n-th file from the i-th, so that n ranks verify a checkpoint together.
+    `share` = (i, n) checks every n-th file from the i-th, so that n ranks verify a checkpoint together. `progress` is
+    called with the files done and their number.
     """
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
     problems = []
-    for entry in manifest.files[share[0] :: share[1]]:
+    files = manifest.files[share[0] :: share[1]]
+    for done, entry in enumerate(files, start=1):
         file = path / entry["file"]
         try:
-            with open(file, "rb") as handle:
-                size = file.stat().st_size
-                if size != entry["bytes"]:
-                    problems.append(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
-                elif hashlib.file_digest(handle, "sha256").hexdigest() != entry["sha256"]:
-                    problems.append(f"{file}: content differs from its SHA-256 in the manifest")
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                problems.append(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
+            elif file_sha256(file) != entry["sha256"]:
+                problems.append(f"{file}: content differs from its SHA-256 in the manifest")
         except OSError as error:  # missing, unreadable, or a bad sector: an older checkpoint may still be whole
             problems.append(f"{file}: cannot be read: {error.strerror}")
+        if progress is not None:
+            progress(done, len(files))
     return problems
 
 
@@ -166,24 +204,57 @@ def _newest_valid(
     return None
 
 
-def _published_steps(run_dir: Path) -> list[int]:
+def record_publication(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Note in the folder of all checkpoints that one was published."""
+    size = sum(file["bytes"] for file in manifest["files"])
+    line = {key: manifest.get(key) for key in ("step", "created", "score")} | {"bytes": size}
+    _append_line(folder / "published.jsonl", line)
+
+
+def record_verification(run_dir: Path, step: int) -> None:
+    """Note that the published checkpoint of `step` was read back whole from disk."""
+    try:
+        _append_line(checkpoints_dir(run_dir) / "published.jsonl", {"step": step, "read_back": True})
+    except OSError as error:
+        logger.warning("the checkpoint of step %d was read back, but this is not noted: %s", step, error)
+
+
+def _append_line(file: Path, line: Mapping[str, Any]) -> None:
+    with open(file, "a") as handle:
+        handle.write(json.dumps(line) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def publications(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what was published, oldest first: step, created, score, bytes, and whether it was read back whole."""
     file = checkpoints_dir(run_dir) / "published.jsonl"
     if not file.is_file():
         return []
-    steps = []
-    for line in file.read_text().splitlines():
+    found: list[dict[str, Any]] = []
+    for text in file.read_text().splitlines():
         try:
-            steps.append(int(json.loads(line)["step"]))
-        except (ValueError, KeyError):
-            logger.warning("%s: unreadable line %r", file, line)
-    return steps
+            line = json.loads(text)
+            step = int(line["step"])
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: unreadable line %r", file, text)
+            continue
+        if not line.get("read_back"):
+            found.append(line | {"read_back": False})
+        elif found and found[-1]["step"] == step:
+            found[-1]["read_back"] = True
+    return found
+
+
+def _published_steps(run_dir: Path) -> list[int]:
+    return [line["step"] for line in publications(run_dir)]
 
 
 def check_tiling(files: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise CheckpointError unless the ranges of all files cover every parameter exactly once."""
     ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
     for file in files:
-        for name, _, start, count, _ in file["table"]:
+        for name, _, start, count, _ in (*file["table"], *file.get("frozen", ())):
             if name not in ranges:
                 raise CheckpointError(f"{file['file']}: holds the unknown parameter {name}")
             ranges[name].append((start, start + count))
@@ -195,25 +266,6 @@ def check_tiling(files: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequen
             position = stop
         if position != numel:
             raise CheckpointError(f"{name}: {position} of {numel} elements are stored")
-
-
-def prune(run_dir: Path, newest: int, keep_last: int, keep_every: int) -> None:
-    """Remove all but the `keep_last` newest checkpoints up to step `newest` and the multiples of `keep_every`.
-
-    What cannot be removed is reported and stays: the new checkpoint is published, so nothing has failed.
-    """
-    # Beyond the one just published lie only damaged ones that the run has fallen back from: they must not count as
-    # the newest, or the good ones would go. They are replaced when the run comes to their step again.
-    steps = [step for step in list_steps(run_dir) if step <= newest]
-    for step in steps[:-keep_last]:
-        if not (keep_every and step % keep_every == 0):
-            path = checkpoint_path(run_dir, step)
-            try:
-                path.rename(path.with_name(f".{path.name}.old"))  # no half-deleted folder keeps a checkpoint's name
-            except OSError as error:
-                logger.warning("the old checkpoint %s cannot be removed: %s", path, error)
-    for leftover in checkpoints_dir(run_dir).glob(".step_*"):  # these, replaced ones, and of attempts that died saving
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def predicted_bytes(num_parameters: int, *, ema: bool) -> int:

@@ -1,66 +1,186 @@
-"""Reading a checkpoint: into the live fragments of any world size and stage, or as whole weights."""
+"""Reading a checkpoint: into the live fragments of any world size and stage, or as whole weights.
 
+What was loaded is then read out of the engine again and compared with the fingerprints of the manifest.
+"""
+
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mvit.checkpoint import CheckpointError, Manifest, read_manifest
+from mvit.distributed import RankInfo, gather_objects
+from mvit.fingerprint import differing, fingerprint, state_fingerprints
 from mvit.fragments import EMA, MASTER, Fragment
+from mvit.host_copy import FROZEN
+
+_MAX_LISTED = 5
 
 
 class _Reader:
-    """Reads ranges of parameters out of a checkpoint's files."""
+    """Reads ranges of parameters out of a checkpoint's files, into memory that is there already."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._path = manifest.path
-        self._handles: dict[str, Any] = {}
+        self._open: tuple[str, IO[bytes]] | None = None  # one at a time: a thousand ranks' files are too many
+        self._flats: dict[tuple[str, str], int] = {}  # (file, key) → where its first element lies
         self._index: dict[str, list[tuple[int, int, int, str]]] = {}
+        self.frozen: set[str] = set()
         for file in manifest.files:
-            for name, _, start, count, offset in file["table"]:
+            for name, _, start, count, offset in (*file["table"], *file.get("frozen", ())):
                 self._index.setdefault(name, []).append((start, count, offset, file["file"]))
-
-    def handle(self, file: str) -> Any:
-        if file not in self._handles:
-            self._handles[file] = safe_open(self._path / file, "pt")
-        return self._handles[file]
+            self.frozen |= {name for name, *_ in file.get("frozen", ())}
 
     def read_into(self, target: Tensor, name: str, start: int, key: str) -> None:
         """Fill the 1-D `target` with elements [start, start + len) of state `key` of parameter `name`."""
+        key = FROZEN if name in self.frozen else key
         got, stop = 0, start + target.numel()
         for at, count, offset, file in self._index[name]:
             low, high = max(start, at), min(stop, at + count)
             if low < high:
-                piece = self.handle(file).get_slice(key)[offset + low - at : offset + high - at]
-                target[low - start : high - start].copy_(piece)
+                self._read(target[low - start : high - start], file, key, offset + low - at)
                 got += high - low
         assert got == target.numel(), name
+
+    def _read(self, target: Tensor, file: str, key: str, element: int) -> None:
+        """Read plainly instead of mapping the file: what was read does not stay in this process's memory."""
+        direct = target.device.type == "cpu" and target.dtype == torch.float32 and target.is_contiguous()
+        into = target if direct else torch.empty(target.numel())
+        handle = self._handle(file)
+        if (file, key) not in self._flats:
+            handle.seek(0)
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+            self._flats[file, key] = 8 + length + header[key]["data_offsets"][0]
+        handle.seek(self._flats[file, key] + 4 * element)
+        view, done = into.detach().numpy().view("uint8").data, 0
+        while done < len(view):
+            count = handle.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{handle.name}: ends within {key!r}; see `mvit checkpoint verify`")
+            done += count
+        if not direct:
+            target.copy_(into)
+
+    def _handle(self, file: str) -> Any:
+        if self._open is None or self._open[0] != file:
+            self.close()
+            self._open = (file, open(self._path / file, "rb", buffering=0))  # noqa: SIM115
+        return self._open[1]
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
 
 
 def load_into(manifest: Manifest, fragments: Sequence[Fragment], shapes: Mapping[str, Sequence[int]]) -> None:
     """Fill the fragments' views from a checkpoint saved at any world size and stage.
 
-    Raises CheckpointError if the model's parameters are not those of the checkpoint.
+    Raises CheckpointError if the model's parameters are not those of the checkpoint, or if others are frozen.
     """
     if {name: list(shape) for name, shape in shapes.items()} != manifest.shapes:
         raise CheckpointError(f"{manifest.path}: {_shape_difference(shapes, manifest.shapes)}")
     reader = _Reader(manifest)
-    for fragment in fragments:
-        for key, view in fragment.states.items():
-            # A run that switches the average on starts it from the loaded weights.
-            source = MASTER if key == EMA and not manifest.has_ema else key
-            reader.read_into(view, fragment.name, fragment.start, source)
+    changed = [f.name for f in fragments if f.frozen != (f.name in reader.frozen)]
+    if changed:
+        raise CheckpointError(
+            f"{manifest.path}: {_listed(changed)} is frozen in the checkpoint or in the run, but not in both; resume "
+            "with the run's own config"
+        )
+    with closing(reader):
+        for fragment in fragments:
+            for key, view in fragment.states.items():
+                # A run that switches the average on starts it from the loaded weights.
+                source = MASTER if key == EMA and not manifest.has_ema else key
+                reader.read_into(view, fragment.name, fragment.start, source)
+
+
+def load_buffers(manifest: Manifest, buffers: Mapping[str, Tensor]) -> None:
+    """Fill a model's persistent buffers; raises CheckpointError if the checkpoint has others."""
+    if set(buffers) != set(manifest.buffers):
+        other = sorted(set(buffers) ^ set(manifest.buffers))
+        raise CheckpointError(f"{manifest.path}: the buffers of model and checkpoint differ in {_listed(other)}")
+    if buffers:
+        with safe_open(manifest.path / manifest.files[0]["file"], "pt") as file:
+            for name, buffer in buffers.items():
+                buffer.copy_(file.get_tensor(f"buffer.{name}"))
+
+
+def check_loaded(
+    manifest: Manifest, fragments: Sequence[Fragment], groups: Sequence[Mapping[str, Any]], ranks: RankInfo
+) -> None:
+    """Compare the live training state with what the manifest says was saved (collective).
+
+    Compared are fp32 masters, both moments and the average by fingerprint, each group's hyperparameters and members,
+    frozen weights, and that the forward pass uses the masters' weights. Raises CheckpointError on every rank.
+    """
+    names = list(manifest.shapes)
+    trained = [f for f in fragments if not f.frozen]
+    found = state_fingerprints(trained, names, list(manifest.fingerprints), ranks)
+    average = {EMA} if not any(EMA in f.states for f in trained) else set()  # switched off since
+    wanted = {state: prints for state, prints in manifest.fingerprints.items() if state not in average}
+    wrong = [f"{state} of {name}" for state, name in differing(wanted, found)]
+    wrong += _different_groups(manifest.groups, groups)
+    local = _different_frozen(manifest, [f for f in fragments if f.frozen])
+    for f in trained:
+        if not torch.equal(f.states[MASTER].to(f.weights.device, f.weights.dtype), f.weights):
+            local.append(f"the weights that the forward pass uses of {f.name}")
+        elif f.replicated:  # every rank holds a copy of its own, and the sums above saw a share of each
+            local += _different_replica(manifest, f)
+    everywhere = gather_objects(local)
+    wrong += [f"rank {rank}: {text}" for rank, texts in enumerate(everywhere) for text in texts]
+    if wrong:
+        raise CheckpointError(
+            f"{manifest.path}: after loading, {len(wrong)} part(s) of the training state differ from what was saved: "
+            f"{_listed(wrong)}. The run does not train on from a state it never had. This is a defect of mvit or of "
+            "this machine: try again elsewhere, and report it with this message"
+        )
+
+
+def _different_frozen(manifest: Manifest, fragments: Sequence[Fragment]) -> list[str]:
+    wrong = []
+    with closing(_Reader(manifest)) as reader:
+        for f in fragments:
+            saved = torch.empty(f.count)
+            reader.read_into(saved, f.name, f.start, MASTER)
+            if not torch.equal(saved.to(f.weights.dtype), f.weights.cpu()):
+                wrong.append(f"the frozen weights of {f.name}")
+    return wrong
+
+
+def _different_replica(manifest: Manifest, fragment: Fragment) -> list[str]:
+    return [
+        f"{state} of {fragment.name}"
+        for state, prints in manifest.fingerprints.items()
+        if state in fragment.states
+        and f"{int(fingerprint(fragment.states[state])) % 2**64:016x}" != prints[fragment.name]
+    ]
+
+
+def _different_groups(saved: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[str]:
+    ours = {group["name"]: group for group in found}
+    wrong = [f"parameter group {name}" for name in ours.keys() ^ {group["name"] for group in saved}]
+    for group in saved:
+        now = ours.get(group["name"], {})
+        for key in group.keys() & now.keys():
+            same = sorted(group[key]) == sorted(now[key]) if key == "parameters" else group[key] == now[key]
+            if not same:
+                wrong.append(f"{key} of parameter group {group['name']}")
+    return wrong
 
 
 def load_rng(manifest: Manifest, rank: int) -> dict[str, Tensor]:
     """Return the random states `rank` saved; empty if the checkpoint had fewer ranks."""
     if rank >= len(manifest.files):
         return {}
-    handle = _Reader(manifest).handle(manifest.files[rank]["file"])
-    return {key.removeprefix("rng."): handle.get_tensor(key) for key in handle.keys() if key.startswith("rng.")}  # noqa: SIM118
+    with safe_open(manifest.path / manifest.files[rank]["file"], "pt") as file:
+        return {key.removeprefix("rng."): file.get_tensor(key) for key in file.keys() if key.startswith("rng.")}  # noqa: SIM118
 
 
 def whole_weights(path: Path, *, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -68,11 +188,18 @@ def whole_weights(path: Path, *, ema: bool = False) -> Iterator[tuple[str, Tenso
     manifest = read_manifest(path)
     if ema and not manifest.has_ema:
         raise CheckpointError(f"{path}: holds no moving average; train with optim.ema_decay, or leave the option out")
-    reader = _Reader(manifest)
-    for name, shape in manifest.shapes.items():
-        flat = torch.empty(torch.Size(shape).numel())
-        reader.read_into(flat, name, 0, EMA if ema else MASTER)
-        yield name, flat.view(shape)
+    yield from whole_states(manifest, EMA if ema else MASTER)
+
+
+def whole_states(manifest: Manifest, state: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield one state of every parameter that has it, whole and in fp32; a frozen parameter is its own average."""
+    with closing(_Reader(manifest)) as reader:
+        for name, shape in manifest.shapes.items():
+            if name in reader.frozen and state not in (MASTER, EMA):
+                continue
+            flat = torch.empty(torch.Size(shape).numel())
+            reader.read_into(flat, name, 0, state)
+            yield name, flat.view(shape)
 
 
 def _shape_difference(ours: Mapping[str, Sequence[int]], theirs: Mapping[str, Sequence[int]]) -> str:
@@ -81,5 +208,9 @@ def _shape_difference(ours: Mapping[str, Sequence[int]], theirs: Mapping[str, Se
     told += [
         f"{n} is {list(s)} in the model, {theirs[n]} saved" for n, s in ours.items() if theirs.get(n, s) != list(s)
     ]
-    listed = "; ".join(told[:5]) + (f"; and {len(told) - 5} more" if len(told) > 5 else "")
-    return f"the model differs from the one that was saved: {listed}. Resume with the run's own config"
+    return f"the model differs from the one that was saved: {_listed(told)}. Resume with the run's own config"
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - _MAX_LISTED} more" if len(texts) > _MAX_LISTED else ""
+    return "; ".join(texts[:_MAX_LISTED]) + more

@@ -1,127 +1,219 @@
-"""Writing a checkpoint: every rank its file, then one atomic publish."""
+"""Writing checkpoints beside training: copy to host memory, then every rank its file, one atomic publish, a read-back.
 
-import hashlib
-import json
-import os
+Training waits for the copy only. The rest runs in one thread a rank; the threads agree over a process group of their
+own, so an error on one rank is known to all and nothing is polled on a shared file system.
+"""
+
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mvit.checkpoint import FORMAT, CheckpointError, check_tiling, checkpoint_path, checkpoints_dir, prune, seal
-from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger
-from mvit.fragments import MASTER, MOMENTS, Fragment
+from mvit.checkpoint import (
+    CheckpointError,
+    check_space,
+    checkpoint_path,
+    checkpoints_dir,
+    file_sha256,
+    record_verification,
+)
+from mvit.checkpoint_files import Contents, at_point, build_manifest, publish, write_shard
+from mvit.distributed import RankInfo, background_group, broadcast_object, gather_objects, logger
+from mvit.fingerprint import own_sums
+from mvit.fragments import Fragment
+from mvit.host_copy import HostCopy
+from mvit.retention import Retention, prune_after_save
 
 
 class SaveError(RuntimeError):
     """A save that did not succeed on every rank; nothing was published."""
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    fragments: Sequence[Fragment],
-    *,
-    shapes: Mapping[str, Sequence[int]],
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[str, Any],
-    rng: Mapping[str, Tensor],
-    ranks: RankInfo,
-    keep_last: int = 2,
-    keep_every: int = 0,
-) -> Path:
-    """Write and publish the checkpoint of `step` (collective); returns its folder.
+@dataclass(frozen=True)
+class Outcome:
+    """How one save ended; the same on every rank but for `stalled_s`."""
 
-    Raises SaveError on every rank if any rank failed; then nothing is published and nothing older is touched.
+    step: int
+    path: Path
+    error: str
+    """Empty if the checkpoint is published."""
+    num_bytes: int
+    seconds: float
+    """From the beginning to the publish."""
+    stalled_s: float
+    """How long training waited for it, an earlier save in flight included."""
+    damage: tuple[str, ...]
+    """What reading it back from disk found wrong."""
+
+
+class Saver:
+    """Saves one checkpoint after the other; every method but `poll` and `close` is collective.
+
+    With `asynchronous` False every save is finished when `begin` returns, and the host memory is given back.
     """
-    folder = checkpoints_dir(run_dir)
-    target = checkpoint_path(run_dir, step)
-    part = folder / f".{target.name}.{broadcast_object(uuid.uuid4().hex[:8])}.tmp"
-    entry, error = None, None
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        own = [f.part(ranks.rank, ranks.world_size) for f in fragments]
-        entry = _write_rank(part / f"rank_{ranks.rank:05d}.safetensors", [f for f in own if f.count], rng)
-    except (OSError, SafetensorError) as caught:
-        error = f"{type(caught).__name__}: {caught}"
-    results = gather_objects((entry, error))
-    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
-    if not failures and ranks.is_main:
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "world_size": ranks.world_size,
-            "shapes": {name: list(shape) for name, shape in shapes.items()},
-            "groups": list(groups),
-            "state": dict(state),
-            "files": [entry for entry, _ in results],
-        }
+
+    def __init__(
+        self, run_dir: Path, ranks: RankInfo, retention: Retention | None = None, *, asynchronous: bool = True
+    ) -> None:
+        self._run_dir, self._ranks = run_dir, ranks
+        self._retention = retention or Retention()
+        self._asynchronous = asynchronous
+        self._group = background_group()
+        self._host = HostCopy(ranks.device)
+        self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
+        self._done: SimpleQueue[Outcome] = SimpleQueue()
+
+    def begin(self, step: int, contents: Contents, *, needed_bytes: int = 0, read_back: bool = True) -> None:
+        """Copy `contents` and let the writing begin; waits for an earlier save first, so none overtakes another.
+
+        Later changes of the training state do not reach the checkpoint. `needed_bytes` is checked against the free
+        space of the file system before anything is written; `read_back` compares the files with what was meant to be
+        written after the publish. Nothing is raised: the outcome tells.
+        """
+        began = time.perf_counter()
+        self._join(hurry=False)
+        token, error = broadcast_object(self._prepare(needed_bytes) if self._ranks.is_main else None)
+        copies: list[Fragment] = []
+        if not error:
+            try:
+                own = [f.part(self._ranks.rank, self._ranks.world_size) for f in contents.fragments]
+                copies = self._host.take([f for f in own if f.count])
+            except (RuntimeError, MemoryError) as caught:  # no host memory: the other ranks learn it in the thread
+                error = f"copying the state to host memory: {type(caught).__name__}: {caught}"
+        small = {f"rng.{key}": value.clone() for key, value in contents.rng.items()}
+        if self._ranks.is_main:
+            small |= {f"buffer.{key}": value.detach().cpu().clone() for key, value in contents.buffers.items()}
+        stalled = time.perf_counter() - began
+        job = _Job(step, checkpoint_path(self._run_dir, step), token, error, contents, copies, small, began, stalled)
+        self._hurry.clear()
+        if self._asynchronous:
+            self._thread = threading.Thread(target=self._run, args=(job, read_back), daemon=True, name="mvit-save")
+            self._thread.start()
+        else:
+            self._run(job, read_back)
+            self._host.release()
+
+    def poll(self) -> list[Outcome]:
+        """Return the saves that ended since the last call; never waits."""
+        return [self._done.get() for _ in range(self._done.qsize())]
+
+    def finish(self) -> list[Outcome]:
+        """Wait until the save in flight is published (a read-back is cut short) and return what `poll` would."""
+        self._join(hurry=True)
+        return self.poll()
+
+    def close(self, patience_s: float = 30.0) -> None:
+        """Wait a moment for a save in flight, as the run may be ending because of an error on this rank alone."""
+        self._join(hurry=True, timeout_s=patience_s)
+        if self._thread is not None:
+            logger.warning("the save in flight did not end within %g s and is given up", patience_s)
+        else:
+            self._host.release()
+
+    def _join(self, *, hurry: bool, timeout_s: float | None = None) -> None:
+        if self._thread is not None:
+            if hurry:
+                self._hurry.set()
+            self._thread.join(timeout_s)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    def _prepare(self, needed_bytes: int) -> tuple[str, str]:
         try:
-            check_tiling(manifest["files"], manifest["shapes"])
-            _publish(part, target, manifest)
-            prune(run_dir, step, keep_last, keep_every)
+            checkpoints_dir(self._run_dir).mkdir(parents=True, exist_ok=True)
+            check_space(self._run_dir, needed_bytes)
         except (OSError, CheckpointError) as caught:
-            failures = [f"rank 0: {type(caught).__name__}: {caught}"]
-    failures = broadcast_object(failures)
-    if failures:
-        if ranks.is_main:
-            shutil.rmtree(part, ignore_errors=True)
-        raise SaveError(
-            f"the checkpoint of step {step} was not saved ({'; '.join(failures)}); "
-            f"older checkpoints in {folder} are untouched"
-        )
-    return target
+            return "", f"{type(caught).__name__}: {caught}"
+        return uuid.uuid4().hex[:8], ""
+
+    # --- in the thread --------------------------------------------------------------------------------------------
+
+    def _run(self, job: "_Job", read_back: bool) -> None:
+        try:
+            self._done.put(self._save(job, read_back))
+        except Exception as caught:  # a rank that died breaks the group: whatever it is, the trainer must learn it
+            text = f"{type(caught).__name__}: {caught}"
+            self._done.put(job.outcome(f"the ranks could not agree on it ({text})"))
+
+    def _save(self, job: "_Job", read_back: bool) -> Outcome:
+        part = job.target.with_name(f".{job.target.name}.{job.token}.tmp")
+        entry, error = None, job.error
+        if not error:
+            try:
+                entry = self._write_own(job, part)
+            except (OSError, SafetensorError, RuntimeError) as caught:
+                error = f"{type(caught).__name__}: {caught}"
+        results = gather_objects((entry, error), self._group)
+        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
+        if not failures and self._ranks.is_main:
+            try:
+                entries, sums = zip(*(one for one, _ in results), strict=True)
+                publish(part, job.target, build_manifest(job.step, job.contents, entries, sums))
+            except (OSError, CheckpointError) as caught:
+                failures = [f"rank 0: {type(caught).__name__}: {caught}"]
+        failures = broadcast_object(failures, self._group)
+        if failures:
+            if self._ranks.is_main and job.token:
+                shutil.rmtree(part, ignore_errors=True)
+            return job.outcome("; ".join(dict.fromkeys(failures)))
+        seconds = time.perf_counter() - job.began
+        damage = self._read_back(job, results[self._ranks.rank][0][0]) if read_back else ()
+        if self._ranks.is_main:
+            if damage:
+                logger.error("the checkpoint of step %d is damaged on disk: %s", job.step, "; ".join(damage))
+            else:  # nothing older goes before the new one is known to be good
+                prune_after_save(self._run_dir, job.step, self._retention)
+        num_bytes = sum(shard["bytes"] for (shard, _), _ in results)
+        return job.outcome("", num_bytes=num_bytes, seconds=seconds, damage=damage)
+
+    def _write_own(self, job: "_Job", part: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
+        """Write this rank's file; returns its manifest entry and its shares of the fingerprints."""
+        self._host.wait()
+        part.mkdir(parents=True, exist_ok=True)
+        at_point("folder made")
+        shard = write_shard(part / f"rank_{self._ranks.rank:05d}.safetensors", self._host.flats, job.copies, job.small)
+        sums = own_sums([f for f in job.copies if not f.frozen], list(job.contents.shapes))
+        return shard, {state: values.tolist() for state, values in sums.items()}
+
+    def _read_back(self, job: "_Job", entry: Mapping[str, Any]) -> tuple[str, ...]:
+        """Read this rank's file from the medium and compare; all ranks return all that was found."""
+        file, problem = job.target / entry["file"], ""
+        try:
+            digest = file_sha256(file, from_disk=True, give_up=self._hurry.is_set)
+            if digest not in (None, entry["sha256"]):
+                problem = f"{file}: differs from what was written"
+        except OSError as caught:
+            digest, problem = "", f"{file}: cannot be read back: {caught.strerror}"
+        found = gather_objects((problem, digest is not None), self._group)
+        at_point("read back")
+        if self._ranks.is_main and all(whole and not text for text, whole in found):
+            record_verification(self._run_dir, job.step)
+        return tuple(text for text, _ in found if text)
 
 
-def _write_rank(path: Path, fragments: Sequence[Fragment], rng: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write one rank's file durably and return its manifest entry."""
-    states = list(fragments[0].states) if fragments else [MASTER, *MOMENTS]
-    tensors: dict[str, Tensor] = {}
-    for key in states:
-        views = [f.states[key].detach() for f in fragments]
-        tensors[key] = torch.cat(views).cpu() if views else torch.zeros(0)
-    table, offset = [], 0
-    for f in fragments:
-        table.append([f.name, f.numel, f.start, f.count, offset])
-        offset += f.count
-    save_file(tensors | {f"rng.{key}": value for key, value in rng.items()}, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = path.stat().st_size
-    return {"file": path.name, "bytes": size, "sha256": digest, "states": states, "table": table}
+@dataclass(frozen=True)
+class _Job:
+    """One save on its way through the thread."""
 
+    step: int
+    target: Path
+    token: str
+    """Tells this save's folder from what an earlier attempt, or another life of the job, left behind."""
+    error: str
+    contents: Contents
+    copies: Sequence[Fragment]
+    small: Mapping[str, Tensor]
+    began: float
+    stalled_s: float
 
-def _fsync_dir(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _publish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    with open(part / "manifest.json", "w") as file:
-        file.write(seal(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    _fsync_dir(part)
-    if target.exists():  # a damaged one of the same step, or a step run again after a fall-back
-        target.rename(part.with_suffix(".old"))  # `prune` removes it
-    part.rename(target)
-    try:
-        with open(target.parent / "published.jsonl", "a") as file:
-            file.write(json.dumps({"step": manifest["step"], "created": manifest["created"]}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # the checkpoint has its name and is whole
-        logger.warning("the checkpoint of step %d is saved, but not listed: %s", manifest["step"], error)
-    _fsync_dir(target.parent)
+    def outcome(self, error: str, *, num_bytes: int = 0, seconds: float = 0.0, damage: tuple[str, ...] = ()) -> Outcome:
+        return Outcome(self.step, self.target, error, num_bytes, seconds, self.stalled_s, damage)

@@ -90,6 +90,10 @@ class TrainConfig(Settings):
     """Newest checkpoints kept."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints at multiples of this step are kept for ever; 0 keeps none of them."""
+    keep_best: int = Field(default=0, ge=0)
+    """Best evaluated checkpoints kept (by top1, the average's if there is one); a new best is saved at once."""
+    async_save: bool = True
+    """Write checkpoints beside training, from a copy in host memory as large as this rank's share of the state."""
     log_images: int = Field(default=8, ge=0)
     """Augmented input images shown in TensorBoard at the first step."""
     peak_tflops: float | None = Field(default=None, gt=0)
@@ -147,6 +151,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size}: with mixup or cutmix on, a micro-batch is "
                 "mixed with itself and needs at least 2 pictures; raise it, or set image.mix_prob=0"
+            )
+        if self.train.keep_best and self.data.validation is None:
+            raise ValueError(
+                f"train.keep_best = {self.train.keep_best} needs evaluations to tell the best, data.validation is not "
+                "set; set it, or train.keep_best=0"
             )
         if self.train.precision == "fp16" and self.zero.stage == 0:
             raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")

@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -76,17 +76,24 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def broadcast_object(value: Any) -> Any:
+def background_group(timeout_min: float = 30.0) -> dist.ProcessGroup:
+    """Return a gloo group of all ranks for a thread, which must not use the training's own groups (collective)."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_min))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's `value` on every rank (collective)."""
     box = [value]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, 0, group=group, device=torch.device("cpu"))
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return every rank's `value`, in rank order, on every rank (collective)."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -107,6 +114,17 @@ def raise_together(error: BaseException | None, what: str) -> None:
         raise error
     if told:
         raise RuntimeError(f"{what} failed on {len(told)} of {len(failures)} ranks; {'; '.join(told)}")
+
+
+def together(action: Callable[[], object], what: str, *, here: bool = True) -> None:
+    """Run `action` on the ranks where `here` is true; an error on any of them is raised on all (collective)."""
+    error = None
+    if here:
+        try:
+            action()
+        except (OSError, ValueError) as caught:
+            error = caught
+    raise_together(error, what)
 
 
 class StopAgreement:

@@ -79,7 +79,7 @@ class Engine:
         self._ema_decay = optim.ema_decay
         self._ema: dict[str, Tensor] = {}
         if self._ema_decay is not None:
-            self._ema = {f.name: f.states[MASTER].clone() for f in self._own_fragments()}
+            self._ema = {f.name: f.states[MASTER].clone() for f in self._own_fragments() if not f.frozen}
 
     @property
     def module(self) -> nn.Module:
@@ -128,7 +128,8 @@ class Engine:
             grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
         if self._ema_decay is not None:
             for fragment in self._own_fragments():
-                self._ema[fragment.name].lerp_(fragment.states[MASTER], 1 - self._ema_decay)
+                if not fragment.frozen:
+                    self._ema[fragment.name].lerp_(fragment.states[MASTER], 1 - self._ema_decay)
         return grad_norm.detach()
 
     def _own_fragments(self) -> list[Fragment]:
@@ -137,6 +138,26 @@ class Engine:
     def fragments(self) -> list[Fragment]:
         """Return this rank's part of the training state, moving average included."""
         return with_ema(self._own_fragments(), self._ema)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the model's persistent buffers, the same on every rank."""
+        kept = self.module.state_dict(keep_vars=True)
+        return {name: kept[name] for name, _ in self.module.named_buffers() if name in kept}
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Return what the optimizer does with each parameter group, as it stands in the optimizer itself."""
+        names = {group.name: list(group.parameter_names) for group in self.groups}
+        return [
+            {
+                "name": group["name"],
+                "parameters": names[group["name"]],
+                "weight_decay": group["weight_decay"],
+                "betas": list(group["betas"]),
+                "eps": group["eps"],
+                "lr_scale": self._lr_scales[group["name"]],
+            }
+            for group in self.layout.optimizer.param_groups
+        ]
 
     def counters(self) -> dict[str, Any]:
         """Return what belongs to the training state besides fragments, JSON-able and the same on every rank."""
@@ -177,6 +198,8 @@ class Engine:
     def _swap_ema(self) -> None:
         with self.writing() as fragments:
             for fragment in fragments:
+                if fragment.frozen:
+                    continue
                 kept = fragment.states[MASTER].clone()
                 fragment.states[MASTER].copy_(fragment.states[EMA])
                 fragment.states[EMA].copy_(kept)

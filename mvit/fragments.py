@@ -1,5 +1,7 @@
 """Which flat ranges of each parameter's fp32 master and Adam moments does this rank own, at any ZeRO stage?
 
+Of a frozen parameter there is nothing but the weights themselves.
+
 DeepSpeed keeps them in flat buffers whose layout differs between stages and world sizes. Seen as
 (parameter name, start, count) they are the same everywhere, which makes checkpoints independent of both.
 The attributes read here are private to DeepSpeed 0.19; pyproject.toml pins it and tests/mvit/test_zero_stages.py
@@ -7,7 +9,7 @@ guards every one of them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + count) of one flattened parameter, as 1-D fp32 views into the live buffers.
+    """Elements [start, start + count) of one flattened parameter, as 1-D views into the live buffers.
 
-    Writing into a view changes the training state. `replicated` means every rank holds the same elements (stage 0).
+    The views are fp32, except that a frozen parameter's only state is its weights in the type the model has.
+    Writing into a view changes the training state. `replicated` means every rank holds the same elements (stage 0,
+    and frozen parameters up to stage 2). `weights` are the same elements as the forward pass uses them.
     """
 
     name: str
@@ -31,6 +35,11 @@ class Fragment:
     start: int
     states: dict[str, Tensor]
     replicated: bool
+    weights: Tensor
+
+    @property
+    def frozen(self) -> bool:
+        return MOMENTS[0] not in self.states
 
     @property
     def count(self) -> int:
@@ -42,7 +51,7 @@ class Fragment:
             return self
         low, high = self.count * rank // world_size, self.count * (rank + 1) // world_size
         states = {key: view[low:high] for key, view in self.states.items()}
-        return Fragment(self.name, self.numel, self.start + low, states, replicated=False)
+        return Fragment(self.name, self.numel, self.start + low, states, False, self.weights[low:high])
 
 
 @dataclass(frozen=True)
@@ -90,20 +99,17 @@ class ZeroLayout:
         return views | {key: state[key].view(-1).narrow(0, at, count) for key in MOMENTS}
 
     def fragments(self, module: torch.nn.Module) -> list[Fragment]:
-        """List what this rank holds, in the order of `named_parameters`."""
+        """List what this rank holds, frozen parameters included, in the order of `named_parameters`."""
         self.create_missing_state()
-        found = []
-        for name, parameter in module.named_parameters():
-            assert parameter.requires_grad, f"{name} is frozen; frozen parameters are not checkpointed yet"
-            fragment = self._fragment(name, parameter)
-            if fragment is not None:
-                found.append(fragment)
-        return found
+        find = self._trained if self.stage else self._trained_whole
+        found = (find(name, p) if p.requires_grad else self._frozen(name, p) for name, p in module.named_parameters())
+        return [fragment for fragment in found if fragment is not None]
 
-    def _fragment(self, name: str, parameter: Any) -> Fragment | None:
-        if self.stage == 0:
-            numel = parameter.numel()
-            return Fragment(name, numel, 0, self._views(parameter, 0, numel), replicated=True)
+    def _trained_whole(self, name: str, parameter: Any) -> Fragment:
+        numel = parameter.numel()
+        return Fragment(name, numel, 0, self._views(parameter, 0, numel), True, parameter.data.view(-1))
+
+    def _trained(self, name: str, parameter: Any) -> Fragment | None:
         if self.stage == 3:
             sub_group, at, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = size * self.zero._get_param_partition_rank(parameter)
@@ -111,14 +117,28 @@ class ZeroLayout:
             if count <= 0:
                 return None
             views = self._views(self.flats[sub_group][1], at, count)
-            return Fragment(name, parameter.ds_numel, start, views, replicated=False)
+            weights = parameter.ds_tensor.data.view(-1)[:count]
+            return Fragment(name, parameter.ds_numel, start, views, False, weights)
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         address = mapping.hp_fragment_address
         views = self._views(self.flats[mapping.param_group_index][1], address.start, address.numel)
         start = mapping.lp_fragment_address.start
-        return Fragment(name, parameter.numel(), start, views, replicated=False)
+        weights = parameter.data.view(-1).narrow(0, start, address.numel)
+        return Fragment(name, parameter.numel(), start, views, False, weights)
+
+    def _frozen(self, name: str, parameter: Any) -> Fragment | None:
+        if self.stage < 3:
+            weights = parameter.data.view(-1)
+            return Fragment(name, parameter.numel(), 0, {MASTER: weights}, True, weights)
+        size = parameter.ds_tensor.ds_numel
+        start = size * self.zero._get_param_partition_rank(parameter)
+        count = min(size, parameter.ds_numel - start)
+        if count <= 0:
+            return None
+        weights = parameter.ds_tensor.data.view(-1)[:count]
+        return Fragment(name, parameter.ds_numel, start, {MASTER: weights}, False, weights)
 
     def before_write(self) -> None:
         """Prepare for writing into fragments (stage 3: re-partition what is gathered now)."""
@@ -167,4 +187,4 @@ def with_ema(fragments: Sequence[Fragment], ema: Mapping[str, Tensor]) -> list[F
     """Return `fragments` with this rank's part of the moving average as one more state."""
     if not ema:
         return list(fragments)
-    return [Fragment(f.name, f.numel, f.start, f.states | {EMA: ema[f.name]}, f.replicated) for f in fragments]
+    return [f if f.frozen else replace(f, states=f.states | {EMA: ema[f.name]}) for f in fragments]

@@ -157,11 +157,12 @@ class RunLog:
         records = (json.loads(line) for line in self._file.read_text().splitlines())
         return any(record["kind"] == "evaluate" and record["step"] == step for record in records)
 
-    def saved(self, step: int, seconds: float) -> None:
-        """Report a published checkpoint."""
+    def saved(self, step: int, seconds: float, stalled_s: float, num_bytes: int) -> None:
+        """Report a published checkpoint: seconds until it was published, and how many of them training waited."""
         if self._active:
             self._writer.add_scalar("checkpoint/save_seconds", seconds, step)
-            self._write("save", step, {"seconds": seconds})
+            self._writer.add_scalar("checkpoint/stall_seconds", stalled_s, step)
+            self._write("save", step, {"seconds": seconds, "stall_seconds": stalled_s, "gib": num_bytes / 2**30})
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}  # JSON has no infinity

@@ -30,6 +30,8 @@ _MAY_CHANGE = (
     "train.save_every",
     "train.keep_last",
     "train.keep_every",
+    "train.keep_best",
+    "train.async_save",
     "train.log_images",
     "train.peak_tflops",
     "zero",

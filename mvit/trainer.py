@@ -1,10 +1,11 @@
 """The training loop, what it is set up from, and how it saves, resumes and stops."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +14,16 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.order import derive_seed
 from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
-from mvit.checkpoint import (
-    CheckpointError,
-    check_space,
-    newest_valid_on_all_ranks,
-    predicted_bytes,
-    read_manifest,
-)
-from mvit.checkpoint_load import load_into, load_rng
-from mvit.checkpoint_save import SaveError, save
+from mvit.checkpoint import check_space
+from mvit.checkpoint_save import Outcome
 from mvit.config import BatchArithmetic, ConfigError, RunConfig
-from mvit.distributed import RankInfo, StopAgreement, logger, raise_together
+from mvit.distributed import RankInfo, StopAgreement, logger, together
 from mvit.engine import Engine
 from mvit.evaluation import evaluation_loader, open_validation, run_evaluation
 from mvit.guard import FiniteGuard
 from mvit.metrics import RunLog, Speedometer, forward_flops, peak_flops, peak_memory_gib
 from mvit.optim import parameter_groups
+from mvit.run_checkpoints import RunCheckpoints
 from mvit.run_identity import claim
 from mvit.schedule import learning_rate
 from mvit.tasks import create_task
@@ -47,6 +42,22 @@ class TrainResult:
     """Figures of the final evaluation."""
 
 
+class Observer(Protocol):
+    """Sees what a run computes, on every rank and without changing it; `mvit prove-resume` compares runs this way."""
+
+    def started(self, step: int, engine: Engine) -> None:
+        """The attempt is about to continue after `step`; everything is restored (collective)."""
+        ...
+
+    def read(self, step: int, accumulation: int, batch: Any) -> None:
+        """This rank is about to compute `batch` as a chunk of `step`."""
+        ...
+
+    def updated(self, step: int, losses: Sequence[Tensor], grad_norm: Tensor, lr: float, engine: Engine) -> None:
+        """The weights are updated; `losses` of this rank's chunks (collective)."""
+        ...
+
+
 def _never() -> bool:
     return False
 
@@ -57,6 +68,7 @@ def train(
     run_dir: Path | None = None,
     stop_requested: Callable[[], bool] = _never,
     show_progress: bool = True,
+    observer: Observer | None = None,
 ) -> TrainResult:
     """Train as `config` says, continuing from the run folder's newest valid checkpoint if there is one.
 
@@ -69,7 +81,7 @@ def train(
     distributed.configure_logging(ranks.rank)
     run = _Run(config, Path(run_dir or config.run_dir), ranks, show_progress)
     try:
-        result = run.loop(stop_requested)
+        result = run.loop(stop_requested, observer)
     except BaseException:
         # The error may be this rank's alone: nothing that waits for the other ranks or the device may run now.
         run.close()
@@ -89,7 +101,7 @@ class _Run:
             raise ConfigError("train.precision = fp16 does not run on CPUs; use train.precision=bf16 or fp32")
         self.shards, self.validation = _open_data(config, ranks)
         self.total_steps = config.total_steps(len(self.shards))
-        _together(lambda: claim(run_dir, config), "claiming the run folder", here=ranks.is_main)
+        together(lambda: claim(run_dir, config), "claiming the run folder", here=ranks.is_main)
         self.task: Task = create_task(config)
         self.loader = TrainLoader(
             self.shards,
@@ -102,17 +114,18 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        self.last_checkpoint = newest_valid_on_all_ranks(run_dir, ranks)
+        self.checkpoints = RunCheckpoints(config, run_dir, ranks)
         self._build_engine()
         self.evaluation_loader = (
             None if self.validation is None else evaluation_loader(config, self.task, self.validation, ranks)
         )
-        self.loss_sum = torch.zeros((), device=ranks.device)  # of the steps after `logged_step`
-        self.logged_step = 0
-        self.first_step = self._restore()
+        self.checkpoints.attach(self.engine, self.loader, self.shapes)
+        restored = self.checkpoints.restore()
+        self.first_step, self.logged_step = restored.step, restored.logged_step
+        # of the steps after `logged_step`
+        self.loss_sum = torch.tensor(restored.loss_sum, dtype=torch.float32, device=ranks.device)
         self.guard = FiniteGuard(ranks, watch_grad_norm=config.train.precision != "fp16")
         self.speed = Speedometer()
-        self.failed_saves = 0
         self.log = RunLog(
             run_dir,
             first_step=self.first_step,
@@ -125,12 +138,11 @@ class _Run:
         config = self.config
         torch.manual_seed(derive_seed(config.seed, "init"))
         model = self.task.build_model()
-        if self.last_checkpoint is None and config.model.weights is not None:
-            _together(lambda: self._load_weights(model), f"loading {config.model.weights}")
+        if self.checkpoints.last is None and config.model.weights is not None:
+            together(lambda: self._load_weights(model), f"loading {config.model.weights}")
         self.shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-        num_parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        checkpoint_bytes = predicted_bytes(num_parameters, ema=config.optim.ema_decay is not None)
-        _together(lambda: check_space(self.run_dir, checkpoint_bytes), "looking for free space")
+        needed = self.checkpoints.predicted_bytes(self.shapes)
+        together(lambda: check_space(self.run_dir, needed), "looking for free space")
         self.peak = peak_flops(self.ranks.device, config.train.peak_tflops)
         self.flops_per_sample = 0.0
         if self.peak is not None:
@@ -157,7 +169,7 @@ class _Run:
         report = self.task.load_weights(model, options.weights, new_head=options.new_head)
         logger.info("starting from %s: %s", options.weights, report)
 
-    def loop(self, stop_requested: Callable[[], bool]) -> TrainResult:
+    def loop(self, stop_requested: Callable[[], bool], observer: Observer | None) -> TrainResult:
         every = self.config.train
         step, stop, agreement = self.first_step, False, StopAgreement()
         figures: dict[str, float] = {}
@@ -167,38 +179,60 @@ class _Run:
         if self._evaluation_due(self.first_step) and not self._main_says(self.log.has_evaluation, self.first_step):
             self._evaluate(self.first_step)  # a stop came in its place
         batches = self.loader.start(self.first_step)
+        if observer is not None:
+            observer.started(self.first_step, self.engine)
         self.speed.skip()
         for step in range(self.first_step + 1, self.total_steps + 1):
-            self.engine.train()
-            for accumulation in range(self.batch.accumulation_steps):
-                asked = time.perf_counter()
-                batch = next(batches)
-                self.speed.waited(time.perf_counter() - asked)
-                self.guard.read_batch(step, batch.keys)
-                seed = self._chunk_seed(step, accumulation)
-                if step == 1 and accumulation == 0 and every.log_images:
-                    shown = self.task.preview(batch.to(self.ranks.device), seed=seed, limit=every.log_images)
-                    self.log.images(shown, step)
-                torch.manual_seed(seed)  # drop path and dropout: the same whenever this chunk is computed
-                losses = self.task.losses(self.engine, batch.to(self.ranks.device), seed=seed, dtype=self.engine.dtype)
-                loss = torch.stack(list(losses.values())).sum()
-                self.engine.backward(loss)
-                self.loss_sum += loss.detach() / self.batch.accumulation_steps
-            grad_norm = self.engine.update(self._lr_at(step))
+            lr = self._lr_at(step)
+            losses = self._compute(step, batches, observer)
+            grad_norm = self.engine.update(lr)
             self.guard.watch(step, self.loss_sum, grad_norm)
+            if observer is not None:
+                observer.updated(step, losses, grad_norm, lr, self.engine)
             self.speed.step()
+            self._log_saves(self.checkpoints.poll())
             last = step == self.total_steps
             stop = agreement.ask(stop_requested()) and not last
             if step % every.log_every == 0 or last or stop:
                 self._log(step, grad_norm)
+            score = None
             if last or (self._evaluation_due(step) and not stop):
                 figures = self._evaluate(step)
-            if last or stop or step % every.save_every == 0:
-                self._save(step, must_succeed=last or stop)
+                score = self._score(figures)
+            if self.checkpoints.is_best(score) or last or stop or step % every.save_every == 0:
+                self._save(step, score, must_succeed=last or stop)
             if stop:
                 break
         agreement.finish()
         return TrainResult(step, self.total_steps, stop, figures)
+
+    def _compute(self, step: int, batches: Iterator[Any], observer: Observer | None) -> list[Tensor]:
+        """Run forward and backward over this rank's chunks of a step and return their losses."""
+        self.engine.train()
+        found = []
+        for accumulation in range(self.batch.accumulation_steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.speed.waited(time.perf_counter() - asked)
+            self.guard.read_batch(step, batch.keys)
+            if observer is not None:
+                observer.read(step, accumulation, batch)
+            seed, batch = self._chunk_seed(step, accumulation), batch.to(self.ranks.device)
+            shown = self.config.train.log_images
+            if step == 1 and accumulation == 0 and shown:
+                self.log.images(self.task.preview(batch, seed=seed, limit=shown), step)
+            torch.manual_seed(seed)  # drop path and dropout: the same whenever this chunk is computed
+            losses = self.task.losses(self.engine, batch, seed=seed, dtype=self.engine.dtype)
+            loss = torch.stack(list(losses.values())).sum()
+            self.engine.backward(loss)
+            found.append(loss.detach())
+            self.loss_sum += found[-1] / self.batch.accumulation_steps
+        return found
+
+    def _score(self, figures: Mapping[str, float]) -> float | None:
+        """Return the figure of merit that the best checkpoints are chosen by: the average's where there is one."""
+        merit = self.task.figure_of_merit
+        return figures.get(f"ema_{merit}", figures.get(merit))
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.train.evaluate_every
@@ -239,7 +273,7 @@ class _Run:
 
     def _log(self, step: int, grad_norm: Tensor) -> None:
         """Report the steps since the last record (collective); the only place that waits for the device."""
-        self.guard.check(self.run_dir, self.last_checkpoint)
+        self.guard.check(self.run_dir, self.checkpoints.last)
         rates = self.speed.read(self.config.train.global_batch_size)
         steps = step - self.logged_step
         # Loss and bad samples of all ranks; speed is rank 0's, the ranks step together.
@@ -263,8 +297,8 @@ class _Run:
             record["mfu"] = achieved / self.peak
         if self.config.train.precision == "fp16":
             record["skipped_steps"] = self.engine.skipped_steps
-        if self.failed_saves:
-            record["failed_saves"] = self.failed_saves
+        if self.checkpoints.failed_saves:
+            record["failed_saves"] = self.checkpoints.failed_saves
         self.log.train(step, record)
 
     def _evaluate(self, step: int, *, log: bool = True) -> dict[str, float]:
@@ -289,93 +323,31 @@ class _Run:
         self.speed.skip()
         return figures
 
-    def _save(self, step: int, *, must_succeed: bool) -> None:
-        """Save (collective). A save that fails in mid-run is reported and the run goes on; at the end it raises."""
-        self.guard.check(self.run_dir, self.last_checkpoint)
-        began = time.perf_counter()
-        rng = {"cpu": torch.get_rng_state()}
-        if self.ranks.device.type == "cuda":
-            rng["device"] = torch.cuda.get_rng_state(self.ranks.device)
-        try:
-            self.last_checkpoint = save(
-                self.run_dir,
-                step,
-                self.engine.fragments(),
-                shapes=self.shapes,
-                groups=[
-                    {
-                        "name": g.name,
-                        "parameters": g.parameter_names,
-                        "weight_decay": g.weight_decay,
-                        "lr_scale": g.lr_scale,
-                    }
-                    for g in self.engine.groups
-                ],
-                state={
-                    "counters": self.engine.counters(),
-                    "data": self.loader.state_dict(step),
-                    "log_window": {
-                        "since_step": self.logged_step,
-                        "loss_sums": distributed.gather_objects(float(self.loss_sum)),  # one a rank
-                    },
-                    "config": self.config.model_dump(mode="json"),
-                },
-                rng=rng,
-                ranks=self.ranks,
-                keep_last=self.config.train.keep_last,
-                keep_every=self.config.train.keep_every,
-            )
-        except SaveError as error:
-            if must_succeed:
-                raise
-            self.failed_saves += 1
-            logger.error("%s; training goes on", error)
-        else:
-            self.log.saved(step, time.perf_counter() - began)
+    def _save(self, step: int, score: float | None, *, must_succeed: bool) -> None:
+        """Begin a save (collective). One that fails is reported and the run goes on; the last one raises."""
+        self.guard.check(self.run_dir, self.checkpoints.last)
+        ended = self.checkpoints.save(
+            step,
+            logged_step=self.logged_step,
+            loss_sum=float(self.loss_sum),
+            score=score,
+            must_succeed=must_succeed,
+        )
+        self._log_saves(ended)
         self.speed.skip()
 
-    def _restore(self) -> int:
-        """Load the newest valid checkpoint, if there is one, and return its step (collective)."""
-        path = self.last_checkpoint
-        if path is None:
-            return 0
-        manifest = read_manifest(path)
-        self.loader.check_state(manifest.state["data"])
-        saved_groups = {g["name"]: set(g["parameters"]) for g in manifest.groups}
-        if saved_groups != {g.name: set(g.parameter_names) for g in self.engine.groups}:
-            raise CheckpointError(f"{path}: parameter groups differ from this run's; resume with the run's own config")
-        with self.engine.writing() as fragments:
-            _together(lambda: load_into(manifest, fragments, self.shapes), f"loading {path}")
-        self.engine.restore_counters(manifest.step, manifest.state["counters"])
-        window = manifest.state["log_window"]
-        self.logged_step, sums = window["since_step"], window["loss_sums"]
-        same_ranks = len(sums) == self.ranks.world_size
-        self.loss_sum.fill_(sums[self.ranks.rank] if same_ranks else sum(sums) / len(sums))
-        rng = load_rng(manifest, self.ranks.rank)
-        if "cpu" in rng:
-            torch.set_rng_state(rng["cpu"])
-        if "device" in rng and self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(rng["device"], self.ranks.device)
-        logger.info("resumed from %s (saved on %d ranks)", path, manifest.world_size)
-        return manifest.step
+    def _log_saves(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            if not outcome.error:
+                self.log.saved(outcome.step, outcome.seconds, outcome.stalled_s, outcome.num_bytes)
 
     def close(self) -> None:
-        """Stop the workers and flush the log; waits for no other rank."""
+        """Stop the workers and flush the log; waits for no other rank longer than a moment."""
         self.loader.close()
+        self.checkpoints.close()
         if self.evaluation_loader is not None:
             self.evaluation_loader.close()
         self.log.close()
-
-
-def _together(action: Callable[[], object], what: str, *, here: bool = True) -> None:
-    """Run `action` on the ranks where `here` is true; an error on any of them is raised on all (collective)."""
-    error = None
-    if here:
-        try:
-            action()
-        except (OSError, ValueError) as caught:
-            error = caught
-    raise_together(error, what)
 
 
 def _open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | None]:
@@ -392,5 +364,5 @@ def _open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet |
             opened["validation"] = open_validation(config)
 
     for first in (True, False):  # each node's first rank fetches and indexes, the others find it done
-        _together(open_all, "opening the shards", here=(ranks.local_rank == 0) == first)
+        together(open_all, "opening the shards", here=(ranks.local_rank == 0) == first)
     return opened["train"], opened.get("validation")

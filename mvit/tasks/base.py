@@ -28,6 +28,9 @@ class Metric(Protocol):
 class Task(Protocol):
     """A problem to train for: its model, its data's treatment, its losses and its metric."""
 
+    figure_of_merit: str
+    """The metric's figure that says which checkpoint is the best; higher is better."""
+
     def build_model(self) -> nn.Module:
         """Build the model, initialised from torch's random state."""
         ...

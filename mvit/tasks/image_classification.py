@@ -22,6 +22,8 @@ from mvit.weights import load_weights
 class ImageClassification:
     """The task of the paper's section 5.1."""
 
+    figure_of_merit = "top1"
+
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._image = config.image

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import mvit.trainer
-from mvit.checkpoint import checkpoint_path, list_steps, newest_valid, prune
+from mvit.checkpoint import checkpoint_path, list_steps, newest_valid
 from mvit.config import ConfigError, RunConfig, parse_config
 from mvit.guard import NonFiniteError
+from mvit.retention import Retention, prune_after_save
 from tests.mvit.test_training import tiny_config
 from tests.ranks import run_distributed
 
@@ -48,7 +49,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_undo_the_new_one(
             raise PermissionError(13, "Permission denied")
 
         patch.setattr(Path, "rename", refuse)
-        prune(tmp_path, 20, keep_last=1, keep_every=0)
+        prune_after_save(tmp_path, 20, Retention(keep_last=1))
     assert "step_00000010 cannot be removed" in caplog.text
     assert list_steps(tmp_path) == [10, 20]
 

@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import mvit
 import mvit.checkpoint_save
-from mvit.checkpoint import CheckpointError, checkpoint_path, list_steps, prune, read_manifest
+from mvit.checkpoint import CheckpointError, checkpoint_path, list_steps, read_manifest
 from mvit.checkpoint_save import SaveError
 from mvit.config import ConfigError, RunConfig, parse_config
 from mvit.guard import NonFiniteError
+from mvit.retention import Retention, prune_after_save
 from tests.ranks import run_distributed, run_until_killed
 
 TOTAL_STEPS, SAVE_EVERY = 24, 10
@@ -75,7 +76,7 @@ def _train_and_die(config: dict[str, Any], moment: str) -> None:
             _die()
         return False
 
-    real_write, real_publish = mvit.checkpoint_save._write_rank, mvit.checkpoint_save._publish
+    real_write, real_publish = mvit.checkpoint_save.write_shard, mvit.checkpoint_save.publish
 
     def write(path: Path, *args: Any) -> dict[str, Any]:
         if moment == "shard" and rank == 1 and "00000020" in str(path):
@@ -89,7 +90,7 @@ def _train_and_die(config: dict[str, Any], moment: str) -> None:
             _die()
         real_publish(part, target, manifest)
 
-    mvit.checkpoint_save._write_rank, mvit.checkpoint_save._publish = write, publish
+    mvit.checkpoint_save.write_shard, mvit.checkpoint_save.publish = write, publish
     mvit.train(parse_config(config), stop_requested=in_step, show_progress=False)
 
 
@@ -193,10 +194,10 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(
 def test_pruning_counts_no_damaged_checkpoint_among_the_newest(tmp_path: Path) -> None:
     for step in (10, 12, 50, 60):  # the run fell back from 60 and 50 to 10 and has just published 12
         checkpoint_path(tmp_path, step).mkdir(parents=True)
-    prune(tmp_path, 12, keep_last=1, keep_every=0)
+    prune_after_save(tmp_path, 12, Retention(keep_last=1))
     assert list_steps(tmp_path) == [12, 50, 60]
     checkpoint_path(tmp_path, 62).mkdir()
-    prune(tmp_path, 62, keep_last=1, keep_every=0)
+    prune_after_save(tmp_path, 62, Retention(keep_last=1))
     assert list_steps(tmp_path) == [62]
 
 
@@ -219,7 +220,7 @@ def test_vanished_checkpoints_are_never_taken_for_a_fresh_start(
 def test_a_full_disk_does_not_end_the_run_but_the_last_save_must_succeed(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = mvit.checkpoint_save._write_rank
+    real = mvit.checkpoint_save.write_shard
     full = {10: True, 20: False, TOTAL_STEPS: True}
 
     def write(path: Path, *args: Any) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def test_a_full_disk_does_not_end_the_run_but_the_last_save_must_succeed(
             raise OSError(28, "No space left on device")
         return real(path, *args)
 
-    monkeypatch.setattr(mvit.checkpoint_save, "_write_rank", write)
+    monkeypatch.setattr(mvit.checkpoint_save, "write_shard", write)
     with pytest.raises(SaveError, match=r"step 24 was not saved \(rank 0: OSError: .*No space left"):
         train()
     assert "the checkpoint of step 10 was not saved" in caplog.text
@@ -308,13 +309,11 @@ def test_evaluation_of_a_run_folder_equals_the_training_s_own(
         key: result.metrics[key] for key in ("top1", "top5", "samples")
     }
     assert averaged["loss"] == pytest.approx(result.metrics["ema_loss"], rel=1e-5)
-    for naming, suffix in (("mvit", "safetensors"), ("timm", "safetensors"), ("official", "pyth")):
-        file = export_weights(config.run_dir, tmp_path / f"{naming}.{suffix}", naming=naming)  # type: ignore[arg-type]
+    for format, suffix in (("safetensors", "safetensors"), ("timm", "safetensors"), ("facebook", "pyth")):
+        file = export_weights(config.run_dir, tmp_path / f"{format}.{suffix}", format=format)  # type: ignore[arg-type]
         assert mvit.evaluate(config, file, show_progress=False)["loss"] == pytest.approx(again["loss"], rel=1e-6)
     saved = dict(whole_weights(checkpoint_path(config.run_dir, TOTAL_STEPS)))
     rebuilt = mvit.load_model(tmp_path / "timm.safetensors")
     assert torch.equal(rebuilt.state_dict()["head.projection.bias"], saved["head.projection.bias"])
     with pytest.raises(ValueError, match=r"not a \.safetensors file"):
-        mvit.load_model(tmp_path / "official.pyth")
-    with pytest.raises(ValueError, match="unknown suffix"):
-        export_weights(config.run_dir, tmp_path / "weights.onnx")
+        mvit.load_model(tmp_path / "facebook.pyth")

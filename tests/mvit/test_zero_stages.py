@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from mvit import distributed
 from mvit.checkpoint import check_tiling, read_manifest, verify
-from mvit.checkpoint_load import load_into, whole_weights
-from mvit.checkpoint_save import save
+from mvit.checkpoint_load import check_loaded, load_into, whole_weights
+from mvit.checkpoint_save import Contents, Saver
 from mvit.engine import Engine
 from mvit.fragments import EMA, MASTER
 from mvit.optim import OptimConfig, build_adamw, parameter_groups
@@ -169,24 +169,25 @@ def _whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     return whole
 
 
+def _shapes() -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in _model().named_parameters()}
+
+
 def _save(engine: Engine, run_dir: Path, step: int) -> None:
-    save(
-        run_dir,
-        step,
-        engine.fragments(),
-        shapes={name: list(p.shape) for name, p in _model().named_parameters()},
-        groups=[],
-        state={"counters": engine.counters()},
-        rng={},
-        ranks=engine.ranks,
-    )
+    saver = Saver(run_dir, engine.ranks)
+    state = {"counters": engine.counters()}
+    saver.begin(step, Contents(engine.fragments(), _shapes(), engine.hyperparameters(), state))
+    (outcome,) = saver.finish()
+    assert not outcome.error
+    saver.close()
 
 
 def _load(engine: Engine, run_dir: Path, step: int) -> None:
     manifest = read_manifest(run_dir / "checkpoints" / f"step_{step:08d}")
     with engine.writing() as fragments:
-        load_into(manifest, fragments, {name: list(p.shape) for name, p in _model().named_parameters()})
+        load_into(manifest, fragments, _shapes())
     engine.restore_counters(step, manifest.state["counters"])
+    check_loaded(manifest, engine.fragments(), engine.hyperparameters(), engine.ranks)
 
 
 def _train_and_save(root: str, stages: list[tuple[int, Precision]]) -> dict[str, Any]:

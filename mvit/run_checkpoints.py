@@ -1,0 +1,161 @@
+"""What a run saves and how an attempt continues from it: everything between the trainer and the checkpoint files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.loader import TrainLoader
+from mvit.checkpoint import CheckpointError, list_steps, newest_valid_on_all_ranks, predicted_bytes, read_manifest
+from mvit.checkpoint_load import check_loaded, load_buffers, load_into, load_rng
+from mvit.checkpoint_save import Contents, Outcome, SaveError, Saver
+from mvit.config import RunConfig
+from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger, together
+from mvit.engine import Engine
+from mvit.retention import Retention, clear_leftovers, scores_of
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Where an attempt begins."""
+
+    step: int = 0
+    logged_step: int = 0
+    """Last step whose loss is on record."""
+    loss_sum: float = 0.0
+    """This rank's losses of the steps after it."""
+
+
+class RunCheckpoints:
+    """The checkpoints of one attempt; every method but `poll` and `close` is collective."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo) -> None:
+        self._config, self._run_dir, self._ranks = config, run_dir, ranks
+        if ranks.is_main:
+            clear_leftovers(run_dir)
+        self.last: Path | None = newest_valid_on_all_ranks(run_dir, ranks)
+        """The newest valid checkpoint."""
+        self.failed_saves = 0
+        scores = scores_of(run_dir) if ranks.is_main else {}
+        self._best: float | None = broadcast_object(
+            max((scores[step] for step in list_steps(run_dir) if step in scores), default=None)
+        )
+        retention = Retention(config.train.keep_last, config.train.keep_every, config.train.keep_best)
+        self._saver = Saver(run_dir, ranks, retention, asynchronous=config.train.async_save)
+
+    def attach(self, engine: Engine, loader: TrainLoader, shapes: Mapping[str, list[int]]) -> None:
+        """Say whose state is saved and restored; `shapes` of all parameters, from before ZeRO split them."""
+        self._engine, self._loader, self._shapes = engine, loader, shapes
+
+    def predicted_bytes(self, shapes: Mapping[str, list[int]]) -> int:
+        """Return the size of one checkpoint over all ranks."""
+        elements = sum(torch.Size(shape).numel() for shape in shapes.values())
+        return predicted_bytes(elements, ema=self._config.optim.ema_decay is not None)
+
+    def restore(self) -> Restored:
+        """Load the newest valid checkpoint, if there is one, and prove that its state is what was loaded.
+
+        Raises CheckpointError on all ranks if the checkpoint does not fit the run or the loaded state differs.
+        """
+        path = self.last
+        if path is None:
+            return Restored()
+        manifest, engine = read_manifest(path), self._engine
+        self._loader.check_state(manifest.state["data"])
+        saved_groups = {g["name"]: set(g["parameters"]) for g in manifest.groups}
+        if saved_groups != {g.name: set(g.parameter_names) for g in engine.groups}:
+            raise CheckpointError(f"{path}: parameter groups differ from this run's; resume with the run's own config")
+        with engine.writing() as fragments:
+            together(lambda: load_into(manifest, fragments, self._shapes), f"loading {path}")
+        together(lambda: load_buffers(manifest, engine.buffers()), f"loading the buffers of {path}")
+        engine.restore_counters(manifest.step, manifest.state["counters"])
+        check_loaded(manifest, engine.fragments(), engine.hyperparameters(), self._ranks)
+        self._check_counters(manifest.state["counters"], path)
+        self._restore_rng(load_rng(manifest, self._ranks.rank))
+        logger.info("resumed from %s (saved on %d ranks); the loaded state is the saved one", path, manifest.world_size)
+        window = manifest.state["log_window"]
+        sums = window["loss_sums"]
+        same_ranks = len(sums) == self._ranks.world_size
+        return Restored(
+            manifest.step,
+            window["since_step"],
+            sums[self._ranks.rank] if same_ranks else sum(sums) / len(sums),
+        )
+
+    def _check_counters(self, saved: Mapping[str, object], path: Path) -> None:
+        now = self._engine.counters()
+        # A stage or precision without a loss scale has none to restore.
+        wrong = [key for key in saved if saved[key] != now[key] and not (key == "loss_scaler" and not now[key])]
+        if wrong:
+            told = "; ".join(f"{key} is {now[key]}, {saved[key]} was saved" for key in wrong)
+            raise CheckpointError(f"{path}: after loading, counters differ: {told}")
+
+    def _restore_rng(self, rng: Mapping[str, torch.Tensor]) -> None:
+        if "cpu" in rng:
+            torch.set_rng_state(rng["cpu"])
+        if "device" in rng and self._ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["device"], self._ranks.device)
+
+    def is_best(self, score: float | None) -> bool:
+        """Say whether `score` is the best so far of a run that keeps its best checkpoints, and remember it."""
+        if score is None or (self._best is not None and score <= self._best):
+            return False
+        self._best = score
+        return self._config.train.keep_best > 0
+
+    def save(
+        self, step: int, *, logged_step: int, loss_sum: float, score: float | None, must_succeed: bool
+    ) -> list[Outcome]:
+        """Begin to save; with `must_succeed` wait for the publish and raise SaveError on all ranks if it failed.
+
+        Returns the saves that ended meanwhile.
+        """
+        rng = {"cpu": torch.get_rng_state()}
+        if self._ranks.device.type == "cuda":
+            rng["device"] = torch.cuda.get_rng_state(self._ranks.device)
+        engine = self._engine
+        contents = Contents(
+            engine.fragments(),
+            self._shapes,
+            engine.hyperparameters(),
+            {
+                "counters": engine.counters(),
+                "data": self._loader.state_dict(step),
+                "log_window": {"since_step": logged_step, "loss_sums": gather_objects(loss_sum)},  # one a rank
+                "config": self._config.model_dump(mode="json"),
+            },
+            rng,
+            engine.buffers(),
+            score,
+        )
+        needed = self.predicted_bytes(self._shapes)
+        self._saver.begin(step, contents, needed_bytes=needed, read_back=not must_succeed)
+        if not must_succeed:
+            return self.poll()
+        ended = self._saver.finish()
+        if error := next((one.error for one in ended if one.step == step), ""):
+            raise SaveError(self._failure(step, error))
+        return self._taken(ended)
+
+    def poll(self) -> list[Outcome]:
+        """Return the saves that ended since the last call, after reporting those that failed; never waits."""
+        return self._taken(self._saver.poll())
+
+    def _taken(self, outcomes: list[Outcome]) -> list[Outcome]:
+        for outcome in outcomes:
+            if not outcome.error:
+                self.last = outcome.path
+                continue
+            self.failed_saves += 1
+            logger.error("%s; training goes on", self._failure(outcome.step, outcome.error))
+        return outcomes
+
+    def _failure(self, step: int, error: str) -> str:
+        folder = self._run_dir / "checkpoints"
+        return f"the checkpoint of step {step} was not saved ({error}); older checkpoints in {folder} are untouched"
+
+    def close(self) -> None:
+        """Give a save in flight a moment to end."""
+        self._saver.close()
+        self.poll()
