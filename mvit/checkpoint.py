@@ -92,6 +92,9 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{file}: format {found!r} is not {FORMAT!r}, which this version reads")
     if own != _digest(raw):
         raise CheckpointError(f"{file}: content differs from the SHA-256 it carries")
+    for entry in raw["files"]:
+        if Path(entry["file"]).name != entry["file"]:
+            raise CheckpointError(f"{file}: the file name {entry['file']!r} leads out of the checkpoint")
     check_tiling(raw["files"], raw["shapes"])
     return Manifest(
         path=path,

@@ -4,7 +4,7 @@ What was loaded is then read out of the engine again and compared with the finge
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
@@ -191,11 +191,14 @@ def whole_weights(path: Path, *, ema: bool = False) -> Iterator[tuple[str, Tenso
     yield from whole_states(manifest, EMA if ema else MASTER)
 
 
-def whole_states(manifest: Manifest, state: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield one state of every parameter that has it, whole and in fp32; a frozen parameter is its own average."""
+def whole_states(manifest: Manifest, state: str, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield one state of every parameter that has it, or of `names`, whole and in fp32, one at a time.
+
+    A frozen parameter is its own average and has no moments.
+    """
     with closing(_Reader(manifest)) as reader:
         for name, shape in manifest.shapes.items():
-            if name in reader.frozen and state not in (MASTER, EMA):
+            if (names is not None and name not in names) or (name in reader.frozen and state not in (MASTER, EMA)):
                 continue
             flat = torch.empty(torch.Size(shape).numel())
             reader.read_into(flat, name, 0, state)

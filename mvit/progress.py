@@ -1,6 +1,7 @@
 """Showing a run's records as they come: a rich bar on a terminal, one plain line per record elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -80,6 +81,16 @@ class ProgressDisplay:
             self._console.print(escape(text), highlight=False, soft_wrap=True)
         except (OSError, SystemExit):  # rich's answer to a reader that is gone; a run must not end for it
             self._console = None
+
+
+@contextmanager
+def counting(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a function that shows (done, total) as a bar while the block runs; None if `quiet`."""
+    if quiet:
+        yield None
+        return
+    with ProgressDisplay() as display:
+        yield lambda done, total: display.update({"kind": "progress", "step": done, "total_steps": total})
 
 
 def format_duration(seconds: float) -> str:

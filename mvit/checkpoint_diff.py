@@ -1,0 +1,115 @@
+"""What differs between two checkpoints: tensors element by element, groups, counters, data cursor, recipe."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mvit.checkpoint import Manifest
+from mvit.checkpoint_load import whole_states
+from mvit.fragments import EMA, MASTER, MOMENTS
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How one state of one parameter differs."""
+
+    state: str
+    name: str
+    differing: int
+    """Elements that are not equal bit for bit."""
+    numel: int
+    largest: float
+    """Largest absolute difference."""
+    relative: float
+    """L2 norm of the difference over that of the first checkpoint's values."""
+
+
+@dataclass(frozen=True)
+class CheckpointDifference:
+    """Everything that differs; false if nothing does."""
+
+    compared: int
+    """Tensors compared."""
+    tensors: tuple[TensorDifference, ...]
+    facts: tuple[str, ...]
+    """Steps, counters, groups, cursor and recipe: `key: first -> second`; tensors that only one of them has."""
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.facts)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_checkpoints(
+    first: Manifest, second: Manifest, *, progress: Callable[[int, int], None] | None = None
+) -> CheckpointDifference:
+    """Compare two checkpoints, saved at whatever world sizes and ZeRO stages.
+
+    Tensors with equal 64-bit fingerprints count as equal and are not read; of the others one at a time is in memory.
+    `progress` is called with the tensors done and their number.
+    """
+    states = [MASTER, *MOMENTS, *([EMA] if first.has_ema and second.has_ema else [])]
+    shared = [name for name, shape in first.shapes.items() if second.shapes.get(name) == shape]
+    total, done, found = len(states) * len(shared), 0, []
+    for state in states:
+        prints = [manifest.fingerprints.get(state, {}) for manifest in (first, second)]
+        unequal = {n for n in shared if n not in prints[0] or prints[0][n] != prints[1].get(n)}
+        theirs = whole_states(second, state, unequal)
+        for name, ours in whole_states(first, state, unequal):
+            other_name, other = next(theirs)
+            assert name == other_name
+            if not torch.equal(ours.view(torch.int32), other.view(torch.int32)):
+                found.append(_difference(state, name, ours, other))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    facts = [
+        f"{name}: {first.shapes.get(name, 'absent')} -> {second.shapes.get(name, 'absent')}"
+        for name in dict.fromkeys((*first.shapes, *second.shapes))
+        if first.shapes.get(name) != second.shapes.get(name)
+    ]
+    before, after = _flat(_facts(first)), _flat(_facts(second))
+    facts += [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    return CheckpointDifference(total, tuple(found), tuple(facts))
+
+
+def _difference(state: str, name: str, ours: torch.Tensor, other: torch.Tensor) -> TensorDifference:
+    gap = (ours.double() - other.double()).abs()
+    norm = float(ours.double().norm())
+    return TensorDifference(
+        state,
+        name,
+        int((ours.view(torch.int32) != other.view(torch.int32)).sum()),
+        ours.numel(),
+        float(gap.max()),
+        float(gap.norm()) / norm if norm else float("inf"),
+    )
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    groups = {group["name"]: {k: v for k, v in group.items() if k != "name"} for group in manifest.groups}
+    state = {key: value for key, value in manifest.state.items() if key != "log_window"}
+    return {
+        "step": manifest.step,
+        "world_size": manifest.world_size,
+        "ema": manifest.has_ema,
+        "groups": groups,
+        **state,
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
