@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from launcher import checkpoint_commands as checkpoints
 from launcher import commands
 
 Handler = Callable[[argparse.Namespace], int]
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_runs(group)
     _add_results(group)
+    _add_checkpoints(group)
     _add_data(group)
     _add_bench(group)
     return parser
@@ -191,22 +193,67 @@ def _add_results(group: "argparse._SubParsersAction") -> None:
         group,
         "export",
         commands.export,
-        "write a run's newest weights as one plain file",
-        "mvit export runs/digits digits.safetensors",
+        "write a run's weights as one plain file, and verify that the model built from it is the run's",
+        "mvit export runs/digits digits.safetensors --ema",
     )
-    _run_dir(export)
-    export.add_argument("out", metavar="OUT", help="file to write; its suffix names the format")
-    export.add_argument("--naming", choices=("mvit", "timm", "official"), default="mvit", help="parameter names")
+    export.add_argument("run_dir", metavar="RUN", help="a run's folder (its newest valid checkpoint), or a checkpoint")
+    export.add_argument("out", metavar="OUT", help="file to write: .safetensors, .pth, .pt or .pyth")
+    formats = ("safetensors", "timm", "facebook", "torch")
+    text = "safetensors: for mvit.load_model; timm: its names, loads strictly there; facebook: the official .pyth; "
+    text += "torch: a plain state dict; without it the suffix decides: .pth and .pt torch, .pyth facebook"
+    export.add_argument("--format", choices=formats, help=text)
     export.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
+    export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step instead of the newest")
+    export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    text = "do not compare tensors and logits with the run's; then memory for one tensor is enough"
+    export.add_argument("--no-verify", action="store_true", help=text)
 
-    checkpoint = group.add_parser("checkpoint", help="look at a run's checkpoints").add_subparsers(
-        dest="subcommand", metavar="COMMAND", required=True
-    )
+
+def _add_checkpoints(group: "argparse._SubParsersAction") -> None:
+    checkpoint = group.add_parser("checkpoint", help="look at a run's checkpoints, verify and remove them")
+    group = checkpoint.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
     listing = _command(
-        checkpoint, "list", commands.checkpoint_list, "list a run's checkpoints", "mvit checkpoint list runs/digits"
+        group, "list", checkpoints.show_list, "list a run's checkpoints", "mvit checkpoint list runs/digits"
     )
     _run_dir(listing)
     _json(listing)
+
+    verify = _command(
+        group,
+        "verify",
+        checkpoints.verify,
+        "read every byte of a run's checkpoints and compare hashes; exit code 1 if one is damaged",
+        "mvit checkpoint verify runs/digits --step 1000",
+    )
+    _run_dir(verify)
+    verify.add_argument("--step", type=int, metavar="N", help="this checkpoint only")
+    _json(verify)
+
+    prune = _command(
+        group,
+        "prune",
+        checkpoints.prune,
+        "remove checkpoints that the run's settings do not keep, never the newest valid one",
+        "mvit checkpoint prune runs/digits --keep-last 1 --dry-run",
+    )
+    _run_dir(prune)
+    prune.add_argument("--keep-last", type=int, metavar="N", help="newest kept (train.keep_last)")
+    prune.add_argument("--keep-every", type=int, metavar="N", help="multiples of this step kept (train.keep_every)")
+    prune.add_argument("--keep-best", type=int, metavar="N", help="best evaluated kept (train.keep_best)")
+    prune.add_argument("--dry-run", action="store_true", help="say what would be removed, remove nothing")
+    _json(prune)
+
+    diff = _command(
+        group,
+        "diff",
+        checkpoints.diff,
+        "compare two checkpoints, whatever their ranks and ZeRO stages; exit code 1 if they differ",
+        "mvit checkpoint diff runs/a runs/b --steps 100 100",
+    )
+    diff.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, or one checkpoint's")
+    diff.add_argument("other", nargs="?", metavar="OTHER", help="another run's folder or checkpoint (the same run)")
+    diff.add_argument("--steps", type=int, nargs=2, metavar=("A", "B"), help="their steps (the newest)")
+    _json(diff)
 
 
 def _add_data(group: "argparse._SubParsersAction") -> None:

@@ -130,22 +130,18 @@ def export(args: Namespace) -> int:
     """Write a run's weights as one file."""
     from mvit.export import export_weights
 
-    print(f"wrote {export_weights(Path(args.run_dir), Path(args.out), naming=args.naming, ema=args.ema)}")
-    return 0
-
-
-def checkpoint_list(args: Namespace) -> int:
-    """List a run's checkpoints."""
-    from launcher.run_folder import RunFolder
-    from mvit.checkpoint import checkpoint_path, list_steps
-
-    run = RunFolder(Path(args.run_dir).absolute())
-    run.identity()  # refuses a folder that is no run
-    rows = [{"step": step, "path": str(checkpoint_path(run.path, step))} for step in list_steps(run.path)]
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        print("\n".join(f"step {row['step']}  {row['path']}" for row in rows) or "no checkpoint yet")
+    with _counting(quiet=False) as count:
+        out = export_weights(
+            args.run_dir,
+            args.out,
+            format=args.format,
+            ema=args.ema,
+            step=args.step,
+            overwrite=args.overwrite,
+            verify=not args.no_verify,
+            progress=count,
+        )
+    print(f"wrote {out}")
     return 0
 
 
@@ -244,11 +240,17 @@ def _show_and_follow(args: Namespace, submission: "Submission") -> int:
 
 
 def _split(args: Namespace) -> tuple[list[str], list[str]]:
-    """Separate the recipe's overrides from those of the cluster file."""
-    of_cluster = [word.removeprefix("cluster.") for word in args.overrides if word.startswith("cluster.")]
+    """Separate the recipe's overrides from those of the cluster file: `cluster.nodes=2`, or `nodes=2` for short."""
+    from launcher.cluster import ClusterConfig
+
+    of_recipe, of_cluster = [], []
+    for word in args.overrides:
+        key = word.split("=")[0]
+        is_cluster = key.startswith("cluster.") or key in ClusterConfig.model_fields  # no recipe has a key like these
+        (of_cluster if is_cluster else of_recipe).append(word.removeprefix("cluster."))
     if args.nodes is not None:
         of_cluster.append(f"nodes={args.nodes}")
-    return [word for word in args.overrides if not word.startswith("cluster.")], of_cluster
+    return of_recipe, of_cluster
 
 
 def _print_figures(figures: Mapping[str, object], as_json: bool) -> None:

@@ -22,6 +22,9 @@ COMMANDS = [
     ["evaluate"],
     ["export"],
     ["checkpoint", "list"],
+    ["checkpoint", "verify"],
+    ["checkpoint", "prune"],
+    ["checkpoint", "diff"],
     ["data", "pack"],
     ["data", "check"],
     ["bench", "model"],
@@ -72,9 +75,10 @@ def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(
     assert message in capsys.readouterr().err
 
 
-def test_settings_may_stand_before_and_after_options(project: Project) -> None:
+@pytest.mark.parametrize("key", ["cluster.ranks_per_node", "ranks_per_node"])
+def test_settings_may_stand_before_and_after_options_and_the_cluster_s_among_them(project: Project, key: str) -> None:
     options = ["--cluster", "cluster.yaml", "--dry-run"]
-    result = project.mvit("submit", "recipe.yaml", "global_batch_size=12", *options, "cluster.ranks_per_node=3")
+    result = project.mvit("submit", "recipe.yaml", "global_batch_size=12", *options, f"{key}=3")
     assert result.returncode == 0, result.stderr
     assert "4 samples x 3 ranks = 12" in result.stdout
 
