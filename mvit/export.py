@@ -2,46 +2,84 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Literal, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from mvit.checkpoint import CheckpointError, newest_valid, read_manifest
+from mvit.checkpoint import CheckpointError, Manifest, checkpoint_path, list_steps, newest_valid, read_manifest
+from mvit.checkpoint import verify as verify_checkpoint
 from mvit.checkpoint_load import whole_weights
 from mvit.config import parse_config
-from mvit.model.convert import export_names
+from mvit.export_check import build_to_fill, check_logits, check_tensors
+from mvit.export_formats import free_each, write_safetensors, write_torch
+from mvit.export_timm import check_timm_has, timm_names
 from mvit.tasks import create_task
 
-Naming = Literal["mvit", "timm", "official"]
+Format = Literal["safetensors", "timm", "facebook", "torch"]
+Progress = Callable[[int, int], None]
+# format → the suffixes it may have; a suffix alone stands for the first format here that has it
+_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "safetensors": (".safetensors",),
+    "torch": (".pth", ".pt"),
+    "facebook": (".pyth",),
+    "timm": (".safetensors", ".pth", ".pt"),
+}
 
 
-def export_weights(source: Path, out: Path, *, naming: Naming = "mvit", ema: bool = False) -> Path:
-    """Write the fp32 weights of a run's newest valid checkpoint, or of one checkpoint folder, to `out`.
+def export_weights(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: Format | None = None,
+    ema: bool = False,
+    step: int | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the fp32 weights of a run's newest valid checkpoint, of another step, or of a checkpoint folder to `out`.
 
-    `.safetensors` holds the tensors, with the resolved config as metadata; `.pth` and `.pyth` hold
-    {"model_state": tensors}, as the published checkpoints do. The file is read back and compared before it gets its
-    name. Raises CheckpointError or ValueError if there is nothing to export or the suffix is unknown.
+    "safetensors" is our file, which `load_model` rebuilds its model from; "timm" has timm's names and loads strictly
+    into its MultiScaleVit; "facebook" is {"model_state": …} in the official naming; "torch" a plain state dict in our
+    names. None decides by the suffix. Memory for one tensor is enough, and with `verify` for one model: then every
+    tensor is compared with the checkpoint's bit for bit, and the logits of the model that a user builds from the file
+    with those of the run's own, before the file gets its name. `progress` is called with (done, total) tensors.
+
+    Raises ValueError for what a format cannot hold and for an existing file without `overwrite`, CheckpointError if
+    there is nothing to export or the file differs, OSError if it cannot be written; `out` is then left as it was.
     """
-    if out.suffix not in (".safetensors", ".pth", ".pyth"):
-        raise ValueError(f"{out}: unknown suffix {out.suffix!r}; use .safetensors, .pth or .pyth")
-    path = source if (source / "manifest.json").is_file() else newest_valid(source)
-    if path is None:
-        raise CheckpointError(f"{source}: holds no checkpoint; name a run folder or a checkpoint")
-    manifest = read_manifest(path)
-    ours = dict(whole_weights(path, ema=ema))
-    tensors = ours if naming == "mvit" else export_names(ours, naming)
-    part = out.with_name(f".{out.stem}.tmp{out.suffix}")
+    source, out = Path(source), Path(out)
+    format = _checked_format(format, out)
+    _refuse_existing(out, overwrite)
+    manifest = read_manifest(_find_checkpoint(source, step))
+    if ema and not manifest.has_ema:
+        raise CheckpointError(
+            f"{manifest.path}: holds no moving average; train with optim.ema_decay, or leave the option out"
+        )
+    names = _names(manifest, format)
+    count = _counter(progress, len(names) * (1 + verify))
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write(part, tensors, manifest.step, manifest.state["config"])
-        _compare(part, ours, manifest.state["config"])
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as scratch:
+        part = Path(scratch) / out.name
+        try:
+            _write(part, manifest, names, format, ema, count)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, f"{out} cannot be written: {reason}; nothing was exported") from error
+        if verify:
+            check_tensors(part, free_each(whole_weights(manifest.path, ema=ema)), names, count)
+            check_logits(part, manifest, ema=ema, timm=format == "timm", load=load_model)
+        _refuse_existing(out, overwrite)
         os.replace(part, out)
+    handle = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the name, too, is on disk
     finally:
-        part.unlink(missing_ok=True)
+        os.close(handle)
     return out
 
 
@@ -59,24 +97,86 @@ def load_model(path: str | Path) -> nn.Module:
             "mvit.create_model and fill it with mvit.load_weights"
         ) from error
     task = create_task(parse_config(config, source=str(path)))
-    model = task.build_model()
+    model = build_to_fill(task)
     task.load_weights(model, path)
     return model.eval()
 
 
-def _write(path: Path, tensors: dict[str, Tensor], step: int, config: dict[str, Any]) -> None:
-    if path.suffix == ".safetensors":
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, path, metadata={"format": "pt", "step": str(step), "config": json.dumps(config)})
+def _checked_format(format: str | None, out: Path) -> Format:
+    """Return the format, by the suffix if none is given; raise ValueError if the two do not go together."""
+    known = [name for name, suffixes in _SUFFIXES.items() if out.suffix in suffixes]
+    if format is None:
+        if not known:
+            every = ", ".join(sorted({suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}))
+            raise ValueError(f"{out}: the suffix {out.suffix!r} stands for no format; use one of {every}")
+        format = known[0]
+    if format not in _SUFFIXES:
+        raise ValueError(f"format {format!r} is not known; choose from {', '.join(_SUFFIXES)}")
+    if format not in known:
+        raise ValueError(
+            f"{out}: format {format!r} goes with {' or '.join(_SUFFIXES[format])}, not with {out.suffix!r}; "
+            "change the one or the other"
+        )
+    return cast(Format, format)
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name the file to write")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: exists already; name another file, or replace it with overwrite (--overwrite)")
+
+
+def _find_checkpoint(source: Path, step: int | None) -> Path:
+    """Return the checkpoint folder to export, every byte verified."""
+    if (source / "manifest.json").is_file():
+        path, found = source, read_manifest(source).step
+        if step not in (None, found):
+            raise CheckpointError(f"{source}: is the checkpoint of step {found}, not of step {step}; name the run")
+    elif step is not None:
+        path, steps = checkpoint_path(source, step), list_steps(source)
+        if step not in steps:
+            held = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+            raise CheckpointError(f"{source}: holds no checkpoint of step {step}; it has {held}")
     else:
-        torch.save({"model_state": tensors, "epoch": 0, "step": step}, path)
+        newest = newest_valid(source)
+        if newest is None:
+            raise CheckpointError(f"{source}: holds no checkpoint; name a run folder or a checkpoint")
+        return newest
+    problems = verify_checkpoint(path)
+    if problems:
+        raise CheckpointError(f"{path}: is damaged: {'; '.join(problems)}")
+    return path
 
 
-def _compare(path: Path, wanted: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Load the file as a user would and raise CheckpointError unless every weight is what the run has."""
-    task = create_task(parse_config(config, source="the run's config"))
-    model = task.build_model()
-    task.load_weights(model, path)
-    differing = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, wanted[name])]
-    if differing:
-        raise CheckpointError(f"{path}: {len(differing)} tensors differ after reading back, {differing[0]} first")
+def _names(manifest: Manifest, format: Format) -> dict[str, str]:
+    """Return {our name: name in the file}; raise ValueError for a model that the format's code does not have."""
+    if format != "timm":
+        return {name: name for name in manifest.shapes}
+    check_timm_has(manifest.shapes, parse_config(manifest.state["config"], source=str(manifest.path)))
+    return timm_names(manifest.shapes)
+
+
+def _write(
+    part: Path, manifest: Manifest, names: Mapping[str, str], format: Format, ema: bool, count: Callable[[], None]
+) -> None:
+    config = json.dumps(manifest.state["config"])
+    metadata = {"format": "pt", "step": str(manifest.step), "ema": json.dumps(ema), "config": config}
+    flat = part.with_name(f"{part.stem}.safetensors")  # what the file is, or what it is made of
+    write_safetensors(flat, free_each(whole_weights(manifest.path, ema=ema)), manifest.shapes, names, metadata, count)
+    if flat != part:
+        beside = {"epoch": 0, "step": manifest.step, "config": config}
+        write_torch(part, flat, beside if format == "facebook" else None)
+        flat.unlink()
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return count
