@@ -60,6 +60,11 @@ def export_weights(
         raise CheckpointError(
             f"{manifest.path}: holds no moving average; train with optim.ema_decay, or leave the option out"
         )
+    if manifest.buffers:
+        raise CheckpointError(
+            f"{manifest.path}: its model has buffers beside its parameters ({', '.join(manifest.buffers[:5])}), "
+            "which no export holds; `mvit evaluate` takes the checkpoint itself"
+        )
     names = _names(manifest, format)
     count = _counter(progress, len(names) * (1 + verify))
     out.parent.mkdir(parents=True, exist_ok=True)
