@@ -87,9 +87,7 @@ def test_exporting_huge_needs_no_more_than_a_tensor_and_verifying_it_no_more_tha
         sizes = sizes_of(checkpoint)
         print(f"weights {sum(sizes) / MIB:.0f} MiB, the largest tensor {max(sizes) / MIB:.1f} MiB")
         assert max(measured(checkpoint, tmp_path, verified=False).values()) < 1.2 * max(sizes) + 16 * MIB
-        grown = measured(checkpoint, tmp_path, verified=True)
-        assert max(grown.values()) < 1.5 * sum(sizes)  # timm's model, which is initialised first
-        assert max(grown[format] for format in grown if format != "timm") < 1.1 * sum(sizes)
+        assert max(measured(checkpoint, tmp_path, verified=True).values()) < 1.1 * sum(sizes)
     finally:
         shutil.rmtree(tmp_path)
 
