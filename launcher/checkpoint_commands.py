@@ -1,4 +1,4 @@
-"""`mvit checkpoint`: list, verify, prune and compare the checkpoints of a run."""
+"""`mvit checkpoint` lists, verifies, prunes and compares a run's checkpoints; `mvit bench checkpoint` times them."""
 
 import json
 from argparse import Namespace
@@ -140,6 +140,36 @@ def diff(args: Namespace) -> int:
         print(f"  and {len(worst) - _MAX_SHOWN} more tensors, which differ less (--json lists all)")
     print(f"{len(worst)} of {found.compared} tensors and {len(found.facts)} other facts differ")
     return 1 if found else 0
+
+
+def bench(args: Namespace) -> int:
+    """Time saving and loading; under torchrun rank 0 prints."""
+    import os
+
+    from mvit.benchmark_checkpoint import bench_checkpoint
+
+    rows = bench_checkpoint(
+        args.variant,
+        zero_stage=args.stage,
+        precision=args.precision,
+        ema=args.ema,
+        against=args.against,
+        rounds=args.rounds,
+        folder=None if args.folder is None else Path(args.folder),
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        ratio = "" if row["stall_ratio"] is None else f", {row['stall_ratio']:.2f} x DeepSpeed's"
+        print(
+            f"{row['what']}: training waits {row['stall_s']:.3f} s (first time {row['first_stall_s']:.3f}{ratio}), "
+            f"done after {row['total_s']:.2f} s, {row['gib']:.2f} GiB, {row['stall_s_per_gb']:.3f} s per GB, "
+            f"{row['extra_gib']:.2f} GiB of memory more"
+        )
+    return 0
 
 
 def _pair(args: Namespace) -> "tuple[Manifest, Manifest]":

@@ -323,6 +323,24 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     _recipe(data)
     _json(data)
 
+    checkpoint = _command(
+        bench,
+        "checkpoint",
+        checkpoints.bench,
+        "time saving and loading a variant's full training state, beside DeepSpeed's own save; also under torchrun",
+        "mvit bench checkpoint mvitv2_large --stage 1 --rounds 3",
+    )
+    checkpoint.add_argument("variant", metavar="VARIANT", help="mvitv2_tiny, small, base, large or huge")
+    checkpoint.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=1, help="ZeRO stage (1)")
+    checkpoint.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    checkpoint.add_argument("--ema", action="store_true", help="with a moving average of the weights")
+    checkpoint.add_argument(
+        "--against", nargs="*", choices=("deepspeed",), default=["deepspeed"], help="peers, or none"
+    )
+    checkpoint.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each (3)")
+    checkpoint.add_argument("--folder", metavar="DIR", help="file system to write to (the temporary folder's)")
+    _json(checkpoint)
+
 
 def _run_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder: output_dir/name of its recipe")

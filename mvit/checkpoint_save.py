@@ -63,7 +63,7 @@ class Saver:
     def __init__(
         self, run_dir: Path, ranks: RankInfo, retention: Retention | None = None, *, asynchronous: bool = True
     ) -> None:
-        self._run_dir, self._ranks = run_dir, ranks
+        self.run_dir, self._ranks = run_dir, ranks
         self._retention = retention or Retention()
         self._asynchronous = asynchronous
         self._group = background_group()
@@ -93,7 +93,7 @@ class Saver:
         if self._ranks.is_main:
             small |= {f"buffer.{key}": value.detach().cpu().clone() for key, value in contents.buffers.items()}
         stalled = time.perf_counter() - began
-        job = _Job(step, checkpoint_path(self._run_dir, step), token, error, contents, copies, small, began, stalled)
+        job = _Job(step, checkpoint_path(self.run_dir, step), token, error, contents, copies, small, began, stalled)
         self._hurry.clear()
         if self._asynchronous:
             self._thread = threading.Thread(target=self._run, args=(job, read_back), daemon=True, name="mvit-save")
@@ -129,8 +129,8 @@ class Saver:
 
     def _prepare(self, needed_bytes: int) -> tuple[str, str]:
         try:
-            checkpoints_dir(self._run_dir).mkdir(parents=True, exist_ok=True)
-            check_space(self._run_dir, needed_bytes)
+            checkpoints_dir(self.run_dir).mkdir(parents=True, exist_ok=True)
+            check_space(self.run_dir, needed_bytes)
         except (OSError, CheckpointError) as caught:
             return "", f"{type(caught).__name__}: {caught}"
         return uuid.uuid4().hex[:8], ""
@@ -171,7 +171,7 @@ class Saver:
             if damage:
                 logger.error("the checkpoint of step %d is damaged on disk: %s", job.step, "; ".join(damage))
             else:  # nothing older goes before the new one is known to be good
-                prune_after_save(self._run_dir, job.step, self._retention)
+                prune_after_save(self.run_dir, job.step, self._retention)
         num_bytes = sum(shard["bytes"] for (shard, _), _ in results)
         return job.outcome("", num_bytes=num_bytes, seconds=seconds, damage=damage)
 
@@ -196,7 +196,7 @@ class Saver:
         found = gather_objects((problem, digest is not None), self._group)
         at_point("read back")
         if self._ranks.is_main and all(whole and not text for text, whole in found):
-            record_verification(self._run_dir, job.step)
+            record_verification(self.run_dir, job.step)
         return tuple(text for text, _ in found if text)
 
 

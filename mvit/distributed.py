@@ -103,6 +103,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def barrier() -> None:
+    """Wait for all ranks (collective)."""
+    gather_objects(None)
+
+
 def raise_together(error: BaseException | None, what: str) -> None:
     """Raise on every rank if any rank failed (collective), naming each failed rank.
 

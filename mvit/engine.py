@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,6 +204,10 @@ class Engine:
                 kept = fragment.states[MASTER].clone()
                 fragment.states[MASTER].copy_(fragment.states[EMA])
                 fragment.states[EMA].copy_(kept)
+
+    def save_by_deepspeed(self, folder: Path) -> None:
+        """Let DeepSpeed write its own checkpoint, for comparison in a benchmark; nothing here reads it (collective)."""
+        self._engine.save_checkpoint(str(folder), tag="benchmark")
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the model so that another engine may be built in this process."""

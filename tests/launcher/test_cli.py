@@ -29,6 +29,7 @@ COMMANDS = [
     ["data", "check"],
     ["bench", "model"],
     ["bench", "data"],
+    ["bench", "checkpoint"],
 ]
 
 

@@ -161,7 +161,7 @@ def _saved(saver: Saver, step: int, value: float, score: float | None = None) ->
 def _fails(saver: Saver, step: int, told: str) -> None:
     outcome = _saved(saver, step, 9.0)
     assert told in outcome.error
-    assert step not in list_steps(saver._run_dir)
+    assert step not in list_steps(saver.run_dir)
 
 
 def test_a_full_disk_and_a_folder_that_cannot_be_written_leave_the_older_checkpoint(
