@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_runs(group)
     _add_results(group)
     _add_checkpoints(group)
+    _add_prove_resume(group)
     _add_data(group)
     _add_bench(group)
     return parser
@@ -254,6 +255,28 @@ def _add_checkpoints(group: "argparse._SubParsersAction") -> None:
     diff.add_argument("other", nargs="?", metavar="OTHER", help="another run's folder or checkpoint (the same run)")
     diff.add_argument("--steps", type=int, nargs=2, metavar=("A", "B"), help="their steps (the newest)")
     _json(diff)
+
+
+def _add_prove_resume(group: "argparse._SubParsersAction") -> None:
+    prove = _command(
+        group,
+        "prove-resume",
+        commands.prove_resume,
+        "train a few steps of a recipe undisturbed, and again with a kill and a resume, and compare them bit by bit",
+        "mvit prove-resume configs/demo/digits.yaml --ranks 2",
+    )
+    _recipe(prove)
+    prove.add_argument("--steps", type=int, default=12, metavar="N", help="steps compared (12)")
+    prove.add_argument("--kill-at", type=int, metavar="K", help="step in whose middle a rank is killed (2/3 of N)")
+    prove.add_argument("--ranks", type=int, metavar="R", help="processes (one per GPU of this machine, 1 without)")
+    prove.add_argument("--resume-ranks", type=int, metavar="R", help="processes of the resumed run (as many)")
+    text = "settings of the resumed run, zero.stage=3 for one; where bits cannot agree, batches, state and losses are "
+    prove.add_argument("--resume-with", nargs="+", default=[], metavar="KEY=VALUE", help=f"{text}compared")
+    text = "largest relative difference of a loss where bits cannot agree (1e-4 in fp32, 2e-2 in bf16, 5e-3 in fp16)"
+    prove.add_argument("--tolerance", type=float, metavar="X", help=text)
+    prove.add_argument("--work", metavar="DIR", help="where the temporary runs lie (the recipe's output_dir)")
+    prove.add_argument("--keep", action="store_true", help="keep them; without it they are removed on success")
+    _json(prove)
 
 
 def _add_data(group: "argparse._SubParsersAction") -> None:

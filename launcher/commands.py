@@ -145,6 +145,48 @@ def export(args: Namespace) -> int:
     return 0
 
 
+def prove_resume(args: Namespace) -> int:
+    """Prove on this machine that a recipe resumes as if nothing had happened; exit code 0 only if it does."""
+    from launcher.job import wait_without_spinning
+
+    wait_without_spinning()
+    from launcher.prove import plan_proof, prove
+    from mvit.progress import ProgressDisplay
+
+    proof = plan_proof(
+        args.recipe,
+        args.overrides,
+        steps=args.steps,
+        kill_at=args.kill_at,
+        ranks=args.ranks,
+        resume_ranks=args.resume_ranks,
+        resume_with=args.resume_with,
+        tolerance=args.tolerance,
+    )
+    if args.json:
+        verdict, folder = prove(
+            proof,
+            args.work,
+            keep=args.keep,
+            tell=lambda text: print(text, file=sys.stderr, flush=True),
+            count=lambda done, total: None,
+        )
+        print(json.dumps(verdict.to_dict() | {"ok": verdict.ok, "work": None if folder is None else str(folder)}))
+        return 0 if verdict.ok else 1
+    with ProgressDisplay() as display:
+        verdict, folder = prove(
+            proof,
+            args.work,
+            keep=args.keep,
+            tell=display.note,
+            count=lambda done, total: display.update({"kind": "progress", "step": done, "total_steps": total}),
+        )
+    print(verdict)
+    if folder is not None:
+        print(f"the runs, their logs and traces are kept in {folder}")
+    return 0 if verdict.ok else 1
+
+
 def data_pack(args: Namespace) -> int:
     """Pack a data set into shards."""
     from data_pipeline.pack import PackOptions, pack_digits, pack_imagefolder

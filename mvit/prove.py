@@ -77,6 +77,7 @@ class Verdict:
     num_samples: int
     num_tensors: int
     """Tensors compared after every step, over all kinds of state."""
+    killed_at: int
     resumed_from: int | None
     difference: Difference | None = None
     error: str = ""
@@ -94,7 +95,10 @@ class Verdict:
         return asdict(self)
 
     def __str__(self) -> str:
-        told = [f"{self.steps} steps, {self.num_samples} samples, {self.num_tensors} tensors compared"]
+        told = [
+            f"{self.steps} steps, {self.num_samples} samples, {self.num_tensors} tensors",
+            f"killed at step {self.killed_at}, resumed from step {self.resumed_from}",
+        ]
         if self.loss_difference is not None:
             bound = "" if self.tolerance is None else f" (tolerance {self.tolerance:g})"
             told.append(f"largest relative difference of a loss {self.loss_difference:.1e}{bound}")
@@ -103,24 +107,21 @@ class Verdict:
         return "\n".join(lines)
 
 
-def compare(undisturbed: Trace, attempts: Sequence[Trace], steps: int, error: str = "") -> Verdict:
-    """Compare the attempts of a killed and resumed run, bit by bit, with the run that was not disturbed.
+def compare(undisturbed: Trace, killed: Trace, resumed: Trace, steps: int, error: str = "") -> Verdict:
+    """Compare a killed and a resumed attempt, bit by bit, with the run that was not disturbed.
 
-    `attempts` are in order of time; the last must reach `steps`, unless `error` tells why it did not. Where an attempt
-    started is compared with the undisturbed run's state after that step.
+    `resumed` must reach `steps`, unless `error` tells why it did not. Where an attempt started is compared with the
+    undisturbed run's state after that step.
     """
-    difference = None
-    for number, attempt in enumerate(attempts):
-        last = number == len(attempts) - 1
-        difference = first_difference(undisturbed, attempt, steps, resumed=last)
-        if difference is not None:
-            break
-    resumed = attempts[-1]
+    difference = first_difference(undisturbed, killed, steps, resumed=False)
+    if difference is None:
+        difference = first_difference(undisturbed, resumed, steps, resumed=True)
     error = error or incomplete(undisturbed, resumed, steps)
     return Verdict(
         "NOT IDENTICAL" if difference or error else "BIT-IDENTICAL",
         steps,
         *compared(undisturbed, steps),
+        killed.last_step + 1,
         resumed.first_step,
         difference,
         error,

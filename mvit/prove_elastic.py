@@ -56,7 +56,19 @@ def compare_elastic(
     tensors = sum(len(names) for kind, names in _whole(undisturbed, start or 0).items() if kind in _WHOLE)
     bad = difference or error or not kept
     verdict = "NOT EQUIVALENT" if bad else "EQUIVALENT"
-    return Verdict(verdict, steps, samples, tensors, start, difference, error, drift, tolerance, note)
+    return Verdict(
+        verdict,
+        steps,
+        samples,
+        tensors,
+        killed.last_step + 1,
+        start,
+        difference,
+        error,
+        drift,
+        tolerance,
+        note,
+    )
 
 
 def _drift(pairs: Sequence[tuple[int, _Step, _Step]]) -> tuple[float | None, str]:

@@ -14,7 +14,7 @@ from mvit import distributed
 from mvit.checkpoint import list_steps
 from mvit.config import parse_config
 from mvit.guard import NonFiniteError
-from mvit.prove import CAUSAL_ORDER, compare
+from mvit.prove import CAUSAL_ORDER, Verdict, compare
 from mvit.prove_run import proof_config, save_step, train_traced
 from mvit.trace import RankTrace, Record, Trace, read_trace, sample_digests
 from tests.mvit.planted_bugs import BUGS, planted
@@ -69,6 +69,9 @@ class Resumes:
     def trace(self, name: str) -> Trace:
         return read_trace(self.folder / "traces" / name, RANKS)
 
+    def verdict(self, name: str) -> Verdict:
+        return compare(self.trace("a"), self.trace("killed"), self.trace(name), STEPS, self.errors.get(name, ""))
+
 
 @pytest.fixture(scope="module")
 def resumes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Resumes:
@@ -96,7 +99,7 @@ def resumes(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Resumes:
 
 @pytest.mark.timeout(900)
 def test_a_resume_without_a_bug_is_bit_identical(resumes: Resumes) -> None:
-    verdict = compare(resumes.trace("a"), [resumes.trace("killed"), resumes.trace("none")], STEPS)
+    verdict = resumes.verdict("none")
     assert str(verdict).startswith("BIT-IDENTICAL: 5 steps, 80 samples"), str(verdict)
     assert (verdict.ok, verdict.resumed_from) == (True, SAVED)
     assert resumes.trace("killed").last_step == KILL_AT - 1
@@ -108,8 +111,7 @@ def test_a_resume_without_a_bug_is_bit_identical(resumes: Resumes) -> None:
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.plant.__name__)
 def test_a_planted_bug_is_named(resumes: Resumes, bug: Any) -> None:
     name = bug.plant.__name__
-    attempts = [resumes.trace("killed"), resumes.trace(name)]
-    verdict = compare(resumes.trace("a"), attempts, STEPS, resumes.errors.get(name, ""))
+    verdict = resumes.verdict(name)
     assert verdict.verdict == "NOT IDENTICAL"
     found = verdict.difference
     assert found is not None
@@ -124,7 +126,7 @@ def test_the_run_s_own_checks_refuse_to_train_with_what_was_not_saved(resumes: R
     name = _name(bug.plant, True)
     assert bug.refusal in resumes.errors[name]
     assert resumes.trace(name).first_step is None, "it began to train"
-    verdict = compare(resumes.trace("a"), [resumes.trace("killed"), resumes.trace(name)], STEPS, resumes.errors[name])
+    verdict = resumes.verdict(name)
     assert verdict.verdict == "NOT IDENTICAL"
     assert bug.refusal in str(verdict)
 
@@ -216,7 +218,7 @@ def test_every_kind_of_difference_is_found_on_its_rank_and_step(
 ) -> None:
     resumed = _changed(_trace(first=3), 1, 5, kind, name, value)
     later = _changed(resumed, 0, 6, "sample", "chunk 0", ["nothing"])  # comes after and must not be named
-    verdict = compare(_trace(), [_trace(last=4), later], 6)
+    verdict = compare(_trace(), _trace(last=4), later, 6)
     found = verdict.difference
     assert found is not None
     assert (found.step, found.at_start, found.rank, found.kind, found.name) == (5, False, 1, kind, named)
@@ -225,7 +227,7 @@ def test_every_kind_of_difference_is_found_on_its_rank_and_step(
 
 
 def test_equal_traces_are_bit_identical_and_their_extent_is_told() -> None:
-    verdict = compare(_trace(), [_trace(last=4), _trace(first=3)], 6)
+    verdict = compare(_trace(), _trace(last=4), _trace(first=3), 6)
     assert verdict.ok
     assert (verdict.steps, verdict.num_samples, verdict.num_tensors, verdict.resumed_from) == (6, 72, 12, 3)
 
@@ -235,7 +237,7 @@ def test_the_cause_is_named_and_not_its_consequences() -> None:
     for kind, name in (("ema", "w"), ("fp32", "w"), ("loss", "chunk 0"), ("lr", "learning rate")):
         resumed = _changed(resumed, 0, 4, kind, name, (0.5).hex())
     resumed = _changed(resumed, 1, 4, "input", "chunk 0", ["x", "y", "z"])
-    found = compare(_trace(), [_trace(last=4), resumed], 6).difference
+    found = compare(_trace(), _trace(last=4), resumed, 6).difference
     assert found is not None
     assert (found.kind, found.rank) == ("input", 1)
 
@@ -251,7 +253,7 @@ def test_the_state_an_attempt_starts_from_is_compared_with_the_state_after_that_
         ("weights", "x", "that were loaded"),
     ):
         resumed = _changed(_trace(first=3), 0, 3, kind, "cpu" if kind == "rng" else "w", value)
-        found = compare(_trace(), [_trace(last=4), resumed], 6).difference
+        found = compare(_trace(), _trace(last=4), resumed, 6).difference
         assert found is not None
         assert (found.step, found.at_start, found.kind) == (3, True, kind)
         assert told in found.likely_cause
@@ -259,7 +261,7 @@ def test_the_state_an_attempt_starts_from_is_compared_with_the_state_after_that_
 
 def test_a_difference_before_the_kill_is_not_blamed_on_the_resume() -> None:
     killed = _changed(_trace(last=4), 0, 2, "loss", "chunk 0", "0x1p0")
-    found = compare(_trace(), [killed, _trace(first=3)], 6).difference
+    found = compare(_trace(), killed, _trace(first=3), 6).difference
     assert found is not None
     assert found.step == 2
     assert "resuming is not to blame" in found.likely_cause
@@ -276,10 +278,10 @@ def test_a_difference_before_the_kill_is_not_blamed_on_the_resume() -> None:
     ],
 )
 def test_what_proves_nothing_is_not_called_identical(resumed: Trace, told: str) -> None:
-    verdict = compare(_trace(), [_trace(last=4), resumed], 6)
+    verdict = compare(_trace(), _trace(last=4), resumed, 6)
     assert not verdict.ok
     assert told in str(verdict)
-    short = compare(_trace(last=5), [_trace(last=4), _trace(first=3)], 6)
+    short = compare(_trace(last=5), _trace(last=4), _trace(first=3), 6)
     assert not short.ok
     assert "undisturbed run ended after step 5" in str(short)
 
