@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.cluster import count_gpus
-from launcher.prove_ranks import RankEnd, StalledError, failure_of, first_error, run_ranks
+from launcher.prove_ranks import RankEnd, StalledError, failure_of, first_error, planned, run_ranks
 
 if TYPE_CHECKING:
     from mvit.config import RunConfig
@@ -172,8 +172,8 @@ class _Attempts:
             f"2/3  again: saves after step {self._saved}, killed by SIGKILL in the middle of step {proof.kill_at}"
         )
         self._succeed("killed", "the run that was to be killed")
-        other = f", {', '.join(proof.changes)}" if proof.changes else ""
-        self._tell(f"3/3  resumed on {proof.resume_ranks} rank(s){other}")
+        how = ", ".join(proof.changes) or f"on {proof.resume_ranks} rank(s)"
+        self._tell(f"3/3  resumed: {how}")
         error = self._run("resumed")
         first, second = (read_trace(self._trace_dir(name), proof.ranks) for name in ("undisturbed", "killed"))
         third = read_trace(self._trace_dir("resumed"), proof.resume_ranks)
@@ -209,7 +209,7 @@ class _Attempts:
         mark = killed_mark(traces)
         try:
             ends = run_ranks(
-                plan,
+                planned(plan, folder),
                 world_size,
                 folder,
                 stall_s=STALL_S,

@@ -24,6 +24,12 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def planned(plan: Mapping[str, object], folder: Path) -> list[str]:
+    """Write down what the ranks of an attempt do and return the command that makes a process one of them."""
+    write_json(folder / "plan.json", plan)
+    return [sys.executable, "-m", "launcher.prove_ranks", str(folder / "plan.json")]
+
+
 @dataclass(frozen=True)
 class RankEnd:
     """How one rank ended."""
@@ -38,7 +44,7 @@ class StalledError(RuntimeError):
 
 
 def run_ranks(
-    plan: Mapping[str, object],
+    command: Sequence[str],
     world_size: int,
     folder: Path,
     *,
@@ -46,7 +52,7 @@ def run_ranks(
     is_over: Callable[[], bool] = lambda: False,
     tick: Callable[[], int],
 ) -> list[RankEnd]:
-    """Start `world_size` ranks on `plan`, wait for their end, and leave none behind; returns how each ended.
+    """Start `command` as `world_size` ranks, wait for their end, and leave none behind; returns how each ended.
 
     Logs and errors are written to `folder`. When a rank fails, or is killed, the others are killed, too: after
     `GRACE_S`, at once if `is_over` says that it was meant. `tick` is called again and again; it returns a number that
@@ -54,14 +60,13 @@ def run_ranks(
     """
     from mvit.distributed import free_port
 
-    plan_file, port = folder / "plan.json", free_port()
-    write_json(plan_file, plan)
+    port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(world_size):
             with rank_file(folder, rank, ".log").open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "launcher.prove_ranks", str(plan_file)],
+                    command,
                     env=_environment(rank, world_size, port),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -159,7 +164,7 @@ def _how(code: int) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as the rank that the environment names, by the plan of `run_ranks`."""
+    """Train as the rank that the environment names, by what `planned` wrote down."""
     plan = json.loads(Path(arguments[0]).read_text())
     try:
         from mvit import distributed

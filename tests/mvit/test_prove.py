@@ -162,7 +162,7 @@ def _trace(first: int = 0, last: int = 6, ranks: int = 2) -> Trace:
     return Trace((one,) * ranks)
 
 
-def _changed(trace: Trace, rank: int, step: int, kind: str, name: str, value: Any) -> Trace:
+def changed(trace: Trace, rank: int, step: int, kind: str, name: str, value: Any) -> Trace:
     """Return the trace with one fact changed, or taken away; the start's if it is of this step."""
     ranks = list(trace.ranks)
     old = ranks[rank]
@@ -216,8 +216,8 @@ _CHANGES = [
 def test_every_kind_of_difference_is_found_on_its_rank_and_step(
     kind: str, name: str, value: Any, named: str, told: str
 ) -> None:
-    resumed = _changed(_trace(first=3), 1, 5, kind, name, value)
-    later = _changed(resumed, 0, 6, "sample", "chunk 0", ["nothing"])  # comes after and must not be named
+    resumed = changed(_trace(first=3), 1, 5, kind, name, value)
+    later = changed(resumed, 0, 6, "sample", "chunk 0", ["nothing"])  # comes after and must not be named
     verdict = compare(_trace(), _trace(last=4), later, 6)
     found = verdict.difference
     assert found is not None
@@ -235,8 +235,8 @@ def test_equal_traces_are_bit_identical_and_their_extent_is_told() -> None:
 def test_the_cause_is_named_and_not_its_consequences() -> None:
     resumed = _trace(first=3)
     for kind, name in (("ema", "w"), ("fp32", "w"), ("loss", "chunk 0"), ("lr", "learning rate")):
-        resumed = _changed(resumed, 0, 4, kind, name, (0.5).hex())
-    resumed = _changed(resumed, 1, 4, "input", "chunk 0", ["x", "y", "z"])
+        resumed = changed(resumed, 0, 4, kind, name, (0.5).hex())
+    resumed = changed(resumed, 1, 4, "input", "chunk 0", ["x", "y", "z"])
     found = compare(_trace(), _trace(last=4), resumed, 6).difference
     assert found is not None
     assert (found.kind, found.rank) == ("input", 1)
@@ -252,7 +252,7 @@ def test_the_state_an_attempt_starts_from_is_compared_with_the_state_after_that_
         ("fp32", "x", "what was loaded is not what was saved"),
         ("weights", "x", "that were loaded"),
     ):
-        resumed = _changed(_trace(first=3), 0, 3, kind, "cpu" if kind == "rng" else "w", value)
+        resumed = changed(_trace(first=3), 0, 3, kind, "cpu" if kind == "rng" else "w", value)
         found = compare(_trace(), _trace(last=4), resumed, 6).difference
         assert found is not None
         assert (found.step, found.at_start, found.kind) == (3, True, kind)
@@ -260,7 +260,7 @@ def test_the_state_an_attempt_starts_from_is_compared_with_the_state_after_that_
 
 
 def test_a_difference_before_the_kill_is_not_blamed_on_the_resume() -> None:
-    killed = _changed(_trace(last=4), 0, 2, "loss", "chunk 0", "0x1p0")
+    killed = changed(_trace(last=4), 0, 2, "loss", "chunk 0", "0x1p0")
     found = compare(_trace(), killed, _trace(first=3), 6).difference
     assert found is not None
     assert found.step == 2
