@@ -272,7 +272,7 @@ def _add_prove_resume(group: "argparse._SubParsersAction") -> None:
     prove.add_argument("--resume-ranks", type=int, metavar="R", help="processes of the resumed run (as many)")
     text = "settings of the resumed run, zero.stage=3 for one; where bits cannot agree, batches, state and losses are "
     prove.add_argument("--resume-with", nargs="+", default=[], metavar="KEY=VALUE", help=f"{text}compared")
-    text = "largest relative difference of a loss where bits cannot agree (1e-4 in fp32, 2e-2 in bf16, 5e-3 in fp16)"
+    text = "largest relative difference of a loss where bits cannot agree (1e-4 in fp32, 1e-2 in bf16, 2e-3 in fp16)"
     prove.add_argument("--tolerance", type=float, metavar="X", help=text)
     prove.add_argument("--work", metavar="DIR", help="where the temporary runs lie (the recipe's output_dir)")
     prove.add_argument("--keep", action="store_true", help="keep them; without it they are removed on success")

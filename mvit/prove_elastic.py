@@ -13,8 +13,10 @@ from mvit.fragments import EMA, MASTER, MOMENTS
 from mvit.prove import Difference, Verdict, compared, first_difference, incomplete
 from mvit.trace import Facts, Record, Trace
 
-# Largest relative difference of a step's loss over a dozen steps: about ten times what was measured.
-TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
+# Largest relative difference of a step's loss. Measured over 12 steps of a tiny model, 2 ranks at stage 2 -> 1 rank at
+# stage 3: 5e-8 in fp32, 8e-4 in bf16; roundings grow with the steps, the learning rate and the size of the sums. fp16
+# is between them: its rounding is an eighth of bf16's.
+TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}
 _WHOLE = (*MOMENTS, MASTER, EMA)
 _SCALES = "loss scaler's "
 
