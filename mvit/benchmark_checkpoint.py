@@ -123,7 +123,7 @@ class _Bench:
             for asynchronous in (True, False)
         }
         self._step = 0
-        self._engine.fragments()  # creates the moments
+        self._savers[True].reserve(self._engine.fragments())  # as a run does when it starts
         gc.collect()
 
     def save(self, what: str, *, asynchronous: bool) -> None:

@@ -6,20 +6,20 @@ Nothing here talks to other ranks; mvit/checkpoint_save.py says who writes what,
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mvit.checkpoint import FORMAT, check_tiling, file_sha256, record_publication, seal
+from mvit.checkpoint import FORMAT, check_tiling, record_publication, seal
 from mvit.distributed import logger
 from mvit.fingerprint import to_hex
-from mvit.fragments import Fragment
-from mvit.host_copy import FROZEN
+from mvit.fragments import FROZEN, MASTER, Fragment
+from mvit.safetensors_file import write_pieces
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,40 @@ def at_point(name: str) -> None:
     """Do nothing. Called wherever a save has just touched the disk; tests replace it to kill the process there."""
 
 
-def write_shard(
-    path: Path, flats: Mapping[str, Tensor], fragments: Sequence[Fragment], small: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Write one rank's file durably and return its manifest entry."""
-    tables: dict[bool, list[list[Any]]] = {False: [], True: []}
-    for frozen, table in tables.items():
-        offset = 0
-        for f in fragments:
-            if f.frozen == frozen:
-                table.append([f.name, f.numel, f.start, f.count, offset])
-                offset += f.count
+def write_shard(path: Path, fragments: Sequence[Fragment], small: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one rank's file durably and return its manifest entry; `small` are tensors beside the fragments."""
+    trained, frozen = ([f for f in fragments if f.frozen == is_frozen] for is_frozen in (False, True))
+    columns = {state: [f.states[state] for f in trained] for state in (trained[0].states if trained else ())}
+    if frozen:
+        columns[FROZEN] = [f.states[MASTER] for f in frozen]
+    layout = {key: (torch.float32, [sum(len(view) for view in views)]) for key, views in columns.items()}
+    layout |= {key: (tensor.dtype, list(tensor.shape)) for key, tensor in small.items()}
     at_point("shard begun")
-    save_file({**flats, **small}, path)
-    at_point("shard written")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    written = write_pieces(path, layout, chain(_pieces(columns), small.values()))
     at_point("shard synced")
     return {
         "file": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-        "states": [state for state in flats if state != FROZEN],
-        "table": tables[False],
-        "frozen": tables[True],
+        "bytes": written.num_bytes,
+        "sha256": written.sha256,
+        "states": [state for state in columns if state != FROZEN],
+        "table": _table(trained),
+        "frozen": _table(frozen),
     }
+
+
+def _pieces(columns: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
+    for views in columns.values():
+        for view in views:
+            yield view.float().cpu()
+            at_point("piece written")
+
+
+def _table(fragments: Sequence[Fragment]) -> list[list[Any]]:
+    rows, offset = [], 0
+    for f in fragments:
+        rows.append([f.name, f.numel, f.start, f.count, offset])
+        offset += f.count
+    return rows
 
 
 def build_manifest(

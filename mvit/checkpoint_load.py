@@ -16,8 +16,7 @@ from torch import Tensor
 from mvit.checkpoint import CheckpointError, Manifest, read_manifest
 from mvit.distributed import RankInfo, gather_objects
 from mvit.fingerprint import differing, fingerprint, state_fingerprints
-from mvit.fragments import EMA, MASTER, Fragment
-from mvit.host_copy import FROZEN
+from mvit.fragments import EMA, FROZEN, MASTER, Fragment
 
 _MAX_LISTED = 5
 
@@ -203,6 +202,7 @@ def whole_states(manifest: Manifest, state: str, names: Collection[str] | None =
             flat = torch.empty(torch.Size(shape).numel())
             reader.read_into(flat, name, 0, state)
             yield name, flat.view(shape)
+            del flat  # not two at a time
 
 
 def _shape_difference(ours: Mapping[str, Sequence[int]], theirs: Mapping[str, Sequence[int]]) -> str:

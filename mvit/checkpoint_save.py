@@ -9,12 +9,12 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mvit.checkpoint import (
@@ -57,7 +57,7 @@ class Outcome:
 class Saver:
     """Saves one checkpoint after the other; every method but `poll` and `close` is collective.
 
-    With `asynchronous` False every save is finished when `begin` returns, and the host memory is given back.
+    With `asynchronous` False every save is finished when `begin` returns, and needs no host memory.
     """
 
     def __init__(
@@ -72,6 +72,15 @@ class Saver:
         self._hurry = threading.Event()
         self._done: SimpleQueue[Outcome] = SimpleQueue()
 
+    def reserve(self, fragments: Sequence[Fragment]) -> None:
+        """Get the host memory for saving `fragments` in the background (not collective)."""
+        if self._asynchronous:
+            self._host.reserve(self._own(fragments))
+
+    def _own(self, fragments: Sequence[Fragment]) -> list[Fragment]:
+        own = [f.part(self._ranks.rank, self._ranks.world_size) for f in fragments]
+        return [f for f in own if f.count]
+
     def begin(self, step: int, contents: Contents, *, needed_bytes: int = 0, read_back: bool = True) -> None:
         """Copy `contents` and let the writing begin; waits for an earlier save first, so none overtakes another.
 
@@ -80,13 +89,13 @@ class Saver:
         written after the publish. Nothing is raised: the outcome tells.
         """
         began = time.perf_counter()
-        self._join(hurry=False)
+        self._join(hurry=not read_back)
         token, error = broadcast_object(self._prepare(needed_bytes) if self._ranks.is_main else None)
         copies: list[Fragment] = []
         if not error:
             try:
-                own = [f.part(self._ranks.rank, self._ranks.world_size) for f in contents.fragments]
-                copies = self._host.take([f for f in own if f.count])
+                own = self._own(contents.fragments)
+                copies = self._host.take(own) if self._asynchronous else own
             except (RuntimeError, MemoryError) as caught:  # no host memory: the other ranks learn it in the thread
                 error = f"copying the state to host memory: {type(caught).__name__}: {caught}"
         small = {f"rng.{key}": value.clone() for key, value in contents.rng.items()}
@@ -100,7 +109,6 @@ class Saver:
             self._thread.start()
         else:
             self._run(job, read_back)
-            self._host.release()
 
     def poll(self) -> list[Outcome]:
         """Return the saves that ended since the last call; never waits."""
@@ -150,7 +158,7 @@ class Saver:
         if not error:
             try:
                 entry = self._write_own(job, part)
-            except (OSError, SafetensorError, RuntimeError) as caught:
+            except (OSError, RuntimeError) as caught:
                 error = f"{type(caught).__name__}: {caught}"
         results = gather_objects((entry, error), self._group)
         failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
@@ -166,12 +174,14 @@ class Saver:
                 shutil.rmtree(part, ignore_errors=True)
             return job.outcome("; ".join(dict.fromkeys(failures)))
         seconds = time.perf_counter() - job.began
-        damage = self._read_back(job, results[self._ranks.rank][0][0]) if read_back else ()
+        damage, whole = self._read_back(job, results[self._ranks.rank][0][0]) if read_back else ((), False)
         if self._ranks.is_main:
             if damage:
                 logger.error("the checkpoint of step %d is damaged on disk: %s", job.step, "; ".join(damage))
-            else:  # nothing older goes before the new one is known to be good
-                prune_after_save(self.run_dir, job.step, self._retention)
+            else:  # one that nobody has read back does not replace the last older one
+                least = 1 if whole else 2
+                retention = replace(self._retention, keep_last=max(least, self._retention.keep_last))
+                prune_after_save(self.run_dir, job.step, retention)
         num_bytes = sum(shard["bytes"] for (shard, _), _ in results)
         return job.outcome("", num_bytes=num_bytes, seconds=seconds, damage=damage)
 
@@ -180,12 +190,17 @@ class Saver:
         self._host.wait()
         part.mkdir(parents=True, exist_ok=True)
         at_point("folder made")
-        shard = write_shard(part / f"rank_{self._ranks.rank:05d}.safetensors", self._host.flats, job.copies, job.small)
-        sums = own_sums([f for f in job.copies if not f.frozen], list(job.contents.shapes))
-        return shard, {state: values.tolist() for state, values in sums.items()}
+        trained, names = [f for f in job.copies if not f.frozen], list(job.contents.shapes)
+        with ThreadPoolExecutor(1) as pool:
+            sums = pool.submit(own_sums, trained, names)
+            shard = write_shard(part / f"rank_{self._ranks.rank:05d}.safetensors", job.copies, job.small)
+            return shard, {state: values.tolist() for state, values in sums.result().items()}
 
-    def _read_back(self, job: "_Job", entry: Mapping[str, Any]) -> tuple[str, ...]:
-        """Read this rank's file from the medium and compare; all ranks return all that was found."""
+    def _read_back(self, job: "_Job", entry: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
+        """Read this rank's file from the medium and compare.
+
+        All ranks return what any of them found wrong, and whether all of it was read and is whole.
+        """
         file, problem = job.target / entry["file"], ""
         try:
             digest = file_sha256(file, from_disk=True, give_up=self._hurry.is_set)
@@ -195,9 +210,10 @@ class Saver:
             digest, problem = "", f"{file}: cannot be read back: {caught.strerror}"
         found = gather_objects((problem, digest is not None), self._group)
         at_point("read back")
-        if self._ranks.is_main and all(whole and not text for text, whole in found):
+        whole = all(read and not text for text, read in found)
+        if self._ranks.is_main and whole:
             record_verification(self.run_dir, job.step)
-        return tuple(text for text, _ in found if text)
+        return tuple(text for text, _ in found if text), whole
 
 
 @dataclass(frozen=True)

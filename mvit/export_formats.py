@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 8  # the header's length is a multiple of it, so that every number lies where a processor wants it
+from mvit.safetensors_file import write_pieces
+
 _WORTH_RETURNING = 1 << 20  # bytes
 
 
@@ -43,27 +44,16 @@ def write_safetensors(
     metadata: Mapping[str, str],
     count: Callable[[], None],
 ) -> None:
-    """Write fp32 tensors, which must come in the order of `shapes`, under new `names`, and wait for the disk.
+    """Write fp32 tensors, which must come in the order of `shapes`, under new `names`, and wait for the disk."""
 
-    The format: 8 bytes with the length of the header (little-endian), the header in JSON, the numbers.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    stop = 0
-    for name, shape in shapes.items():
-        start, stop = stop, stop + 4 * torch.Size(shape).numel()
-        header[names[name]] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    expected = iter(shapes)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            assert name == next(expected), name
-            assert tensor.dtype == torch.float32, name
-            file.write(tensor.contiguous().numpy().astype("<f4", copy=False).data)
+    def pieces() -> Iterator[Tensor]:
+        for (name, tensor), expected in zip(tensors, shapes, strict=True):
+            assert (name, tensor.dtype) == (expected, torch.float32), name
+            yield tensor.contiguous()
             count()
-        assert next(expected, None) is None, "tensors are missing"
-        _sync(file)
+
+    layout = {names[name]: (torch.float32, shape) for name, shape in shapes.items()}
+    write_pieces(path, layout, pieces(), metadata, hashed=False)
 
 
 def write_torch(path: Path, source: Path, wrapping: Mapping[str, object] | None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
+FROZEN = "frozen"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

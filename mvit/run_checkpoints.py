@@ -59,6 +59,7 @@ class RunCheckpoints:
         Raises CheckpointError on all ranks if the checkpoint does not fit the run or the loaded state differs.
         """
         path = self.last
+        self._saver.reserve(self._engine.fragments())
         if path is None:
             return Restored()
         manifest, engine = read_manifest(path), self._engine

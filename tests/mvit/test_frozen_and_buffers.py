@@ -76,11 +76,11 @@ def _train_and_save(root: str) -> None:
 
 
 def _load_everywhere(root: str) -> list[str]:
-    """Load every state into every case that computes in the same precision; returns what was compared."""
+    """Load every state into every other stage of the same precision; returns what was compared."""
     ranks, compared = distributed.start(), []
     for stage, precision in CASES:
         for saved_stage, saved_precision in CASES:
-            if precision != saved_precision:
+            if precision != saved_precision or stage == saved_stage:
                 continue
             manifest = read_manifest(Path(root) / f"{saved_stage}-{precision}" / "checkpoints" / "step_00000002")
             engine = _engine(ranks, 1, stage, precision)
@@ -90,9 +90,7 @@ def _load_everywhere(root: str) -> list[str]:
             engine.restore_counters(2, manifest.state["counters"])
             check_loaded(manifest, engine.fragments(), engine.hyperparameters(), ranks)
             buffers = engine.buffers()
-            assert torch.equal(
-                buffers["running_mean"].float(), _model(0).get_buffer("running_mean").to(engine.dtype).float()
-            )
+            assert torch.equal(buffers["running_mean"], _model(0).get_buffer("running_mean"))  # fp32 in bf16, too
             assert int(buffers["count"]) == 7
             with torch.no_grad():  # the forward pass has the frozen weights, too
                 torch.manual_seed(9)
@@ -132,6 +130,5 @@ def test_frozen_parameters_and_buffers_come_back_at_any_stage_and_world_size(tmp
             for name, tensor in weights.items():
                 unchanged = torch.equal(tensor, initial[name].to(dtype).float())
                 assert unchanged == name.startswith(FROZEN), name
-    for world_size in (2, 1):
-        assert len(run_distributed(_load_everywhere, world_size, str(tmp_path))[0]) == 3 * 3 + 2 * 2
+    assert len(run_distributed(_load_everywhere, 3, str(tmp_path))[0]) == 3 * 2 + 2
     assert "RANK" not in os.environ

@@ -105,7 +105,7 @@ def test_after_a_kill_at_any_write_point_a_whole_checkpoint_is_found(spawn: Call
     passed = dict(points.get() for _ in ranks)
     for process in ranks:
         process.join()
-    assert set(passed[0]) >= {"folder made", "shard begun", "shard written", "shard synced", "manifest written"}
+    assert set(passed[0]) >= {"folder made", "shard begun", "piece written", "shard synced", "manifest written"}
     assert set(passed[0]) >= {"manifest synced", "old one moved aside", "renamed", "listed", "read back"}
     assert "manifest written" not in passed[1], "rank 1 publishes nothing"
     assert list_steps(tmp_path / "undisturbed") == [20]
@@ -277,6 +277,19 @@ def test_a_checkpoint_that_reads_back_damaged_is_reported_and_nothing_older_goes
     _saved(saver, 30, 3.0)
     assert list_steps(tmp_path) == [30]
     saver.close()
+
+
+def test_a_checkpoint_that_nobody_read_back_does_not_replace_the_last_older_one(
+    alone: distributed.RankInfo, tmp_path: Path
+) -> None:
+    saver = Saver(tmp_path, alone, Retention(keep_last=1))
+    _saved(saver, 10, 1.0)
+    saver.begin(20, _whole(2.0), read_back=False)  # as at a stop
+    saver.finish()
+    assert list_steps(tmp_path) == [10, 20]
+    _saved(saver, 30, 3.0)
+    saver.close()
+    assert list_steps(tmp_path) == [30]
 
 
 def test_two_lives_that_save_at_once_never_mix(alone: distributed.RankInfo, tmp_path: Path) -> None:
