@@ -43,22 +43,20 @@ def fingerprint(values: Tensor, start: int = 0) -> Tensor:
     The result is an int64 scalar on the tensor's device; nothing waits for the device.
     """
     bits = values.detach().contiguous().view(_INTEGERS[values.element_size()])
-    position = _positions(values.device)
-    total = torch.zeros((), dtype=torch.int64, device=values.device)
-    done = 0
-    while done < bits.numel():
-        at = start + done
-        block, inside = divmod(at, _BLOCK)
-        if inside or bits.numel() - done < _BLOCK:  # up to the next border between blocks
-            count = min(_BLOCK - inside, bits.numel() - done)
-            sums = (bits[done : done + count].long() * position[inside : inside + count]).sum()[None]
-        else:
-            rows = min(_BLOCKS_AT_ONCE[values.device.type], (bits.numel() - done) // _BLOCK)
-            count = rows * _BLOCK
-            sums = (bits[done : done + count].view(rows, _BLOCK).long() * position).sum(1)
-        total += (sums * _weights(block, len(sums), values.device)).sum()
-        done += count
-    return total
+    first, inside = divmod(start, _BLOCK)
+    head = min(-inside % _BLOCK, bits.numel())
+    blocks = (bits.numel() - head) // _BLOCK
+    position, at_once = _positions(values.device), _BLOCKS_AT_ONCE[values.device.type]
+    sums = torch.zeros(blocks + 2, dtype=torch.int64, device=values.device)  # one a block, cut ones at both ends
+    sums[0] = (bits[:head].long() * position[inside : inside + head]).sum()
+    whole = bits[head : head + blocks * _BLOCK].view(blocks, _BLOCK)
+    for at in range(0, blocks, at_once):
+        rows = whole[at : at + at_once]
+        sums[1 + at : 1 + at + len(rows)] = (rows.long() * position).sum(1)
+    tail = bits[head + blocks * _BLOCK :]
+    sums[-1] = (tail.long() * position[: len(tail)]).sum()
+    # Without a cut block in front, the first whole one has the number `first`.
+    return (sums * _weights(first if head else first - 1, blocks + 2, values.device)).sum()
 
 
 def own_sums(fragments: Sequence[Fragment], names: Sequence[str]) -> dict[str, Tensor]:
