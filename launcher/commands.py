@@ -3,8 +3,7 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,8 +128,9 @@ def evaluate(args: Namespace) -> int:
 def export(args: Namespace) -> int:
     """Write a run's weights as one file."""
     from mvit.export import export_weights
+    from mvit.progress import counting
 
-    with _counting(quiet=False) as count:
+    with counting(quiet=False) as count:
         out = export_weights(
             args.run_dir,
             args.out,
@@ -190,6 +190,7 @@ def prove_resume(args: Namespace) -> int:
 def data_pack(args: Namespace) -> int:
     """Pack a data set into shards."""
     from data_pipeline.pack import PackOptions, pack_digits, pack_imagefolder
+    from mvit.progress import counting
 
     given = {name: getattr(args, name) for name in ("max_samples", "max_bytes", "seed", "workers")}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -197,7 +198,7 @@ def data_pack(args: Namespace) -> int:
         options = PackOptions(**chosen, strict=args.strict, overwrite=args.overwrite)
         if args.src is None:
             raise ValueError("`mvit data pack imagefolder` takes two folders: SRC, which holds the classes, and OUT.")
-        with _counting(args.json) as count:
+        with counting(args.json) as count:
             report = pack_imagefolder(
                 args.src, args.out, layout=args.layout, holdout=args.holdout, options=options, progress=count
             )
@@ -206,7 +207,7 @@ def data_pack(args: Namespace) -> int:
             raise ValueError("`mvit data pack digits` takes one folder, OUT: the data ships with scikit-learn.")
         digits = {"max_samples": 256} | chosen
         options = PackOptions(**digits, strict=args.strict, overwrite=args.overwrite)
-        with _counting(args.json) as count:
+        with counting(args.json) as count:
             report = pack_digits(args.out, options=options, progress=count)
     print(json.dumps(report.as_dict()) if args.json else report)
     return 0
@@ -215,8 +216,9 @@ def data_pack(args: Namespace) -> int:
 def data_check(args: Namespace) -> int:
     """Verify shards; exit code 1 when something is wrong."""
     from data_pipeline.check import check_shards
+    from mvit.progress import counting
 
-    with _counting(args.json) as count:
+    with counting(args.json) as count:
         report = check_shards(args.shards, progress=count)
     print(json.dumps(report.as_dict()) if args.json else report)
     return 0 if report.ok else 1
@@ -301,15 +303,3 @@ def _print_figures(figures: Mapping[str, object], as_json: bool) -> None:
         return
     for key, value in figures.items():
         print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
-
-
-@contextmanager
-def _counting(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Show `done of total` as a bar while the block runs."""
-    from mvit.progress import ProgressDisplay
-
-    if quiet:
-        yield None
-        return
-    with ProgressDisplay() as display:
-        yield lambda done, total: display.update({"kind": "progress", "step": done, "total_steps": total})

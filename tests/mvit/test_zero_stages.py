@@ -197,8 +197,15 @@ def _train_and_save(root: str, stages: list[tuple[int, Precision]]) -> dict[str,
     found = {}
     for stage, precision in stages:
         engine = _engine(ranks, stage, micro, precision=precision)
+        average = {key: value for key, value in _whole_state(engine).items() if key.startswith(MASTER)}
         for step in (1, 2, 3):
             _step(engine, step, micro, accumulation)
+            state = _whole_state(engine)
+            for key, value in average.items():  # the unsharded reference
+                average[key] = 0.9 * value + 0.1 * state[key]
+        for key, value in average.items():
+            sharded = state[key.replace(MASTER, EMA, 1)]
+            assert torch.allclose(sharded, value, rtol=1e-5, atol=1e-8), f"{key} at stage {stage}"
         _save(engine, Path(root) / f"{stage}-{precision}", 3)
         found[f"{stage}-{precision}"] = (
             _whole_state(engine),
