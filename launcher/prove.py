@@ -65,8 +65,8 @@ def plan_proof(
             "started with, other than where and how fast it runs: zero.*, train.micro_batch_size, data.num_workers …"
         )
     gpus = count_gpus()
-    ranks = _checked_ranks("--ranks", ranks or gpus or 1, gpus, config)
-    resume_ranks = _checked_ranks("--resume-ranks", resume_ranks or ranks, gpus, resumed)
+    ranks = _checked_ranks("--ranks", (gpus or 1) if ranks is None else ranks, gpus, config)
+    resume_ranks = _checked_ranks("--resume-ranks", ranks if resume_ranks is None else resume_ranks, gpus, resumed)
     total = _total_steps(config)
     steps = min(steps, total)
     if steps < MIN_STEPS:
@@ -82,7 +82,9 @@ def plan_proof(
             "before its end; choose another, or leave it out"
         )
     changes = _changes(config, resumed, ranks, resume_ranks)
-    tolerance = tolerance or TOLERANCES[config.train.precision]
+    tolerance = TOLERANCES[config.train.precision] if tolerance is None else tolerance
+    if not tolerance >= 0:
+        raise ProofError(f"--tolerance {tolerance:g}: a relative difference is 0 or more; leave it out for the default")
     return Proof(config, resumed, ranks, resume_ranks, steps, kill_at, total, changes, tolerance)
 
 

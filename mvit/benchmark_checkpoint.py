@@ -75,7 +75,8 @@ def bench_checkpoint(
             raise ValueError(f"cannot bench against {peer!r}; choose from {list(PEERS)}")
     ModelConfig(variant=variant)  # names the variants if this is none
     ranks = distributed.start()
-    root = Path(distributed.broadcast_object(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=folder)))
+    made = tempfile.mkdtemp(prefix="bench-checkpoint-", dir=folder) if ranks.is_main else None
+    root = Path(distributed.broadcast_object(made))
     try:
         bench = _Bench(variant, zero_stage, precision, ema, ranks, root)
         for _ in range(rounds):

@@ -12,6 +12,7 @@ stage. A folder gets its final name only when every file and the manifest are on
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger
+from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger, together
 from mvit.fragments import EMA
 
 FORMAT = "mvit-ranges-2"
@@ -52,6 +53,11 @@ class Manifest:
     buffers: tuple[str, ...] = ()
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
     """{state: {parameter: mvit.fingerprint}} of every trained parameter."""
+
+    @property
+    def trained(self) -> set[str]:
+        """The parameters that are not frozen."""
+        return {name for file in self.files for name, *_ in file["table"]}
 
     @property
     def num_bytes(self) -> int:
@@ -178,27 +184,39 @@ def newest_valid(run_dir: Path) -> Path | None:
 def newest_valid_on_all_ranks(run_dir: Path, ranks: RankInfo) -> Path | None:
     """Agree on what `newest_valid` returns, each rank verifying its share of the files (collective)."""
 
-    def together(path: Path) -> list[str]:
+    def together_verified(path: Path) -> list[str]:
         found = gather_objects(verify(path, share=(ranks.rank, ranks.world_size)))
         return sorted({problem for problems in found for problem in problems})
 
     # Rank 0's view of the folder decides: on a network file system another rank may see it a moment later.
-    seen = (list_steps(run_dir), _published_steps(run_dir)) if ranks.is_main else None
-    steps, published = broadcast_object(seen)
-    return _newest_valid(run_dir, steps, published, together)
+    seen: list[tuple[list[int], list[int]]] = []
+    together(
+        lambda: seen.append((list_steps(run_dir), _published_steps(run_dir))),
+        f"reading {checkpoints_dir(run_dir)}",
+        here=ranks.is_main,
+    )
+    steps, published = broadcast_object(seen[0] if ranks.is_main else None)
+    return _newest_valid(run_dir, steps, published, together_verified, tell=ranks.is_main)
 
 
 def _newest_valid(
-    run_dir: Path, steps: Sequence[int], published: Sequence[int], check: Callable[[Path], list[str]]
+    run_dir: Path,
+    steps: Sequence[int],
+    published: Sequence[int],
+    check: Callable[[Path], list[str]],
+    *,
+    tell: bool = True,
 ) -> Path | None:
+    level = logging.WARNING if tell else logging.DEBUG
     if published and published[-1] not in steps:
-        logger.warning("the checkpoint of step %d was published in %s and is gone", published[-1], run_dir)
+        logger.log(level, "the checkpoint of step %d was published in %s and is gone", published[-1], run_dir)
     for step in reversed(steps):
         path = checkpoint_path(run_dir, step)
         problems = check(path)
         if not problems:
             return path
-        logger.warning("the checkpoint of step %d is damaged, trying an older one: %s", step, "; ".join(problems))
+        told = "; ".join(problems)
+        logger.log(level, "the checkpoint of step %d is damaged, trying an older one: %s", step, told)
     if published or steps:
         raise CheckpointError(
             f"{checkpoints_dir(run_dir)}: checkpoints were saved but none is usable (see the warnings); restore one "
@@ -223,8 +241,12 @@ def record_verification(run_dir: Path, step: int) -> None:
 
 
 def _append_line(file: Path, line: Mapping[str, Any]) -> None:
-    with open(file, "a") as handle:
-        handle.write(json.dumps(line) + "\n")
+    with open(file, "ab+") as handle:
+        if handle.tell():
+            handle.seek(-1, os.SEEK_END)
+            if handle.read(1) != b"\n":  # a kill cut the last line short: it must not take this one with it
+                handle.write(b"\n")
+        handle.write(json.dumps(line).encode() + b"\n")
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -235,7 +257,7 @@ def publications(run_dir: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     found: list[dict[str, Any]] = []
-    for text in file.read_text().splitlines():
+    for text in file.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
             step = int(line["step"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mvit.checkpoint import Manifest
-from mvit.checkpoint_load import whole_states
+from mvit.checkpoint_load import read_buffers, whole_states
 from mvit.fragments import EMA, MASTER, MOMENTS
 
 
@@ -52,32 +52,43 @@ def compare_checkpoints(
     `progress` is called with the tensors done and their number.
     """
     states = [MASTER, *MOMENTS, *([EMA] if first.has_ema and second.has_ema else [])]
+    trained = first.trained & second.trained
     shared = [name for name, shape in first.shapes.items() if second.shapes.get(name) == shape]
-    total, done, found = len(states) * len(shared), 0, []
-    for state in states:
-        prints = [manifest.fingerprints.get(state, {}) for manifest in (first, second)]
-        unequal = {n for n in shared if n not in prints[0] or prints[0][n] != prints[1].get(n)}
-        theirs = whole_states(second, state, unequal)
-        for name, ours in whole_states(first, state, unequal):
-            other_name, other = next(theirs)
-            assert name == other_name
+    pairs = [(state, name) for state in states for name in shared if name in trained or state == MASTER]
+    found: list[TensorDifference] = []
+    for done, (state, name) in enumerate(pairs, start=1):
+        prints = [manifest.fingerprints.get(state, {}).get(name) for manifest in (first, second)]
+        if prints[0] is None or prints[0] != prints[1]:
+            (_, ours), (_, other) = (next(whole_states(one, state, {name})) for one in (first, second))
             if not torch.equal(ours.view(torch.int32), other.view(torch.int32)):
                 found.append(_difference(state, name, ours, other))
-            done += 1
-            if progress is not None:
-                progress(done, total)
+        if progress is not None:
+            progress(done, len(pairs))
     facts = [
         f"{name}: {first.shapes.get(name, 'absent')} -> {second.shapes.get(name, 'absent')}"
         for name in dict.fromkeys((*first.shapes, *second.shapes))
         if first.shapes.get(name) != second.shapes.get(name)
     ]
+    facts += [
+        f"{name}: trained in one, frozen in the other" for name in shared if name in first.trained ^ second.trained
+    ]
+    facts += _different_buffers(first, second)
     before, after = _flat(_facts(first)), _flat(_facts(second))
     facts += [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    return CheckpointDifference(total, tuple(found), tuple(facts))
+    return CheckpointDifference(len(pairs), tuple(found), tuple(facts))
+
+
+def _different_buffers(first: Manifest, second: Manifest) -> list[str]:
+    ours, other = (read_buffers(manifest) for manifest in (first, second))
+    return [
+        f"buffer {name}: " + ("differs" if name in ours and name in other else "only in one")
+        for name in dict.fromkeys((*ours, *other))
+        if name not in ours or name not in other or not torch.equal(ours[name], other[name])
+    ]
 
 
 def _difference(state: str, name: str, ours: torch.Tensor, other: torch.Tensor) -> TensorDifference:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvit.checkpoint import FORMAT, check_tiling, record_publication, seal
+from mvit.checkpoint import FORMAT, CheckpointError, check_tiling, record_publication, seal
 from mvit.distributed import logger
 from mvit.fingerprint import to_hex
 from mvit.fragments import FROZEN, MASTER, Fragment
@@ -109,7 +109,14 @@ def build_manifest(
 
 
 def publish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
-    """Give a complete folder its name; what had the name before is moved aside first."""
+    """Give a complete folder its name; what had the name before is moved aside first.
+
+    Raises CheckpointError if a rank's file is not there any more: another life of the job may have cleared it away.
+    """
+    for entry in manifest["files"]:
+        file = part / entry["file"]
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{file}: gone or not whole; does another job write into this run?")
     with open(part / "manifest.json", "w") as file:
         file.write(seal(manifest))
         at_point("manifest written")
@@ -117,12 +124,18 @@ def publish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
     _fsync_dir(part)
     at_point("manifest synced")
+    old = part.with_suffix(".old")
     if target.exists():  # a damaged one of the same step, or a step run again after a fall-back
-        target.rename(part.with_suffix(".old"))
+        target.rename(old)
         at_point("old one moved aside")
-    part.rename(target)
+    try:
+        part.rename(target)
+    except OSError:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
     at_point("renamed")
-    shutil.rmtree(part.with_suffix(".old"), ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     try:
         _fsync_dir(target.parent)
         record_publication(target.parent, manifest)

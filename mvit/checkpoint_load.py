@@ -85,6 +85,10 @@ def load_into(manifest: Manifest, fragments: Sequence[Fragment], shapes: Mapping
     """
     if {name: list(shape) for name, shape in shapes.items()} != manifest.shapes:
         raise CheckpointError(f"{manifest.path}: {_shape_difference(shapes, manifest.shapes)}")
+    if manifest.has_ema != any(EMA in f.states for f in fragments) and any(not f.frozen for f in fragments):
+        raise CheckpointError(
+            f"{manifest.path}: the moving average is in the checkpoint or in the run, but not in both"
+        )
     reader = _Reader(manifest)
     changed = [f.name for f in fragments if f.frozen != (f.name in reader.frozen)]
     if changed:
@@ -95,9 +99,7 @@ def load_into(manifest: Manifest, fragments: Sequence[Fragment], shapes: Mapping
     with closing(reader):
         for fragment in fragments:
             for key, view in fragment.states.items():
-                # A run that switches the average on starts it from the loaded weights.
-                source = MASTER if key == EMA and not manifest.has_ema else key
-                reader.read_into(view, fragment.name, fragment.start, source)
+                reader.read_into(view, fragment.name, fragment.start, key)
 
 
 def load_buffers(manifest: Manifest, buffers: Mapping[str, Tensor]) -> None:
@@ -105,41 +107,72 @@ def load_buffers(manifest: Manifest, buffers: Mapping[str, Tensor]) -> None:
     if set(buffers) != set(manifest.buffers):
         other = sorted(set(buffers) ^ set(manifest.buffers))
         raise CheckpointError(f"{manifest.path}: the buffers of model and checkpoint differ in {_listed(other)}")
-    if buffers:
-        with safe_open(manifest.path / manifest.files[0]["file"], "pt") as file:
-            for name, buffer in buffers.items():
-                buffer.copy_(file.get_tensor(f"buffer.{name}"))
+    for name, saved in read_buffers(manifest).items():
+        if saved.shape != buffers[name].shape:
+            shapes = f"{list(saved.shape)} saved, {list(buffers[name].shape)} in the model"
+            raise CheckpointError(f"{manifest.path}: buffer {name} is {shapes}")
+        buffers[name].copy_(saved)
+
+
+def read_buffers(manifest: Manifest) -> dict[str, Tensor]:
+    """Return a checkpoint's buffers by name."""
+    if not manifest.buffers:
+        return {}
+    with safe_open(manifest.path / manifest.files[0]["file"], "pt") as file:
+        return {name: file.get_tensor(f"buffer.{name}") for name in manifest.buffers}
 
 
 def check_loaded(
-    manifest: Manifest, fragments: Sequence[Fragment], groups: Sequence[Mapping[str, Any]], ranks: RankInfo
+    manifest: Manifest,
+    fragments: Sequence[Fragment],
+    groups: Sequence[Mapping[str, Any]],
+    ranks: RankInfo,
+    replicas: Mapping[str, int] | None = None,
 ) -> None:
     """Compare the live training state with what the manifest says was saved (collective).
 
     Compared are fp32 masters, both moments and the average by fingerprint, each group's hyperparameters and members,
-    frozen weights, and that the forward pass uses the masters' weights. Raises CheckpointError on every rank.
+    frozen weights, and that the forward pass uses the masters' weights: on each rank those of its own masters, and by
+    `replicas`, {parameter: fingerprint of the whole weights} where every rank has them, all others. Raises
+    CheckpointError on every rank.
     """
-    names = list(manifest.shapes)
-    trained = [f for f in fragments if not f.frozen]
-    found = state_fingerprints(trained, names, list(manifest.fingerprints), ranks)
-    average = {EMA} if not any(EMA in f.states for f in trained) else set()  # switched off since
-    wanted = {state: prints for state, prints in manifest.fingerprints.items() if state not in average}
-    wrong = [f"{state} of {name}" for state, name in differing(wanted, found)]
+    found = state_fingerprints(
+        [f for f in fragments if not f.frozen], list(manifest.shapes), list(manifest.fingerprints), ranks
+    )
+    wrong = [f"{state} of {name}" for state, name in differing(manifest.fingerprints, found)]
     wrong += _different_groups(manifest.groups, groups)
-    local = _different_frozen(manifest, [f for f in fragments if f.frozen])
-    for f in trained:
-        if not torch.equal(f.states[MASTER].to(f.weights.device, f.weights.dtype), f.weights):
-            local.append(f"the weights that the forward pass uses of {f.name}")
-        elif f.replicated:  # every rank holds a copy of its own, and the sums above saw a share of each
-            local += _different_replica(manifest, f)
-    everywhere = gather_objects(local)
-    wrong += [f"rank {rank}: {text}" for rank, texts in enumerate(everywhere) for text in texts]
+    try:
+        local = _different_here(manifest, fragments)
+    except Exception as error:  # a file that cannot be read here: the other ranks wait for this one
+        local = [f"{type(error).__name__}: {error}"]
+    everywhere = gather_objects((local, dict(replicas or {})))
+    wrong += [f"rank {rank}: {text}" for rank, (texts, _) in enumerate(everywhere) for text in texts]
+    first = everywhere[0][1]
+    wrong += [
+        f"rank {rank}: the weights that the forward pass uses of {name}"
+        for rank, (_, prints) in enumerate(everywhere)
+        for name in first
+        if prints.get(name) != first[name]
+    ]
     if wrong:
         raise CheckpointError(
             f"{manifest.path}: after loading, {len(wrong)} part(s) of the training state differ from what was saved: "
             f"{_listed(wrong)}. The run does not train on from a state it never had. This is a defect of mvit or of "
             "this machine: try again elsewhere, and report it with this message"
         )
+
+
+def _different_here(manifest: Manifest, fragments: Sequence[Fragment]) -> list[str]:
+    """Compare what no sum over ranks can: frozen weights, this rank's weights and its own copy of a replica."""
+    wrong = _different_frozen(manifest, [f for f in fragments if f.frozen])
+    for f in fragments:
+        if f.frozen:
+            continue
+        if not torch.equal(f.states[MASTER].to(f.weights.device, f.weights.dtype), f.weights):
+            wrong.append(f"the weights that the forward pass uses of {f.name}")
+        elif f.replicated:  # every rank holds a copy of its own, and the sums above saw a share of each
+            wrong += _different_replica(manifest, f)
+    return wrong
 
 
 def _different_frozen(manifest: Manifest, fragments: Sequence[Fragment]) -> list[str]:

@@ -71,6 +71,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
         self._done: SimpleQueue[Outcome] = SimpleQueue()
+        self._group_broke = False
+        self.damaged: set[int] = set()
+        """Steps on disk known to be damaged: they count for nothing when older ones are removed."""
 
     def reserve(self, fragments: Sequence[Fragment]) -> None:
         """Get the host memory for saving `fragments` in the background (not collective)."""
@@ -90,13 +93,15 @@ class Saver:
         """
         began = time.perf_counter()
         self._join(hurry=not read_back)
+        if any(gather_objects(self._group_broke)):  # a rank's thread failed where the others waited for it
+            self._group, self._group_broke = background_group(), False
         token, error = broadcast_object(self._prepare(needed_bytes) if self._ranks.is_main else None)
         copies: list[Fragment] = []
         if not error:
             try:
                 own = self._own(contents.fragments)
                 copies = self._host.take(own) if self._asynchronous else own
-            except (RuntimeError, MemoryError) as caught:  # no host memory: the other ranks learn it in the thread
+            except Exception as caught:  # no host memory, for one: the other ranks learn it in the thread
                 error = f"copying the state to host memory: {type(caught).__name__}: {caught}"
         small = {f"rng.{key}": value.clone() for key, value in contents.rng.items()}
         if self._ranks.is_main:
@@ -145,45 +150,62 @@ class Saver:
 
     # --- in the thread --------------------------------------------------------------------------------------------
 
+    # Whatever goes wrong on one rank, it must come to the next agreement: the others wait there.
+
     def _run(self, job: "_Job", read_back: bool) -> None:
         try:
-            self._done.put(self._save(job, read_back))
-        except Exception as caught:  # a rank that died breaks the group: whatever it is, the trainer must learn it
+            shard, outcome = self._save(job)
+        except Exception as caught:  # a rank died, or was slower than the group's patience
+            self._group_broke = True
             text = f"{type(caught).__name__}: {caught}"
             self._done.put(job.outcome(f"the ranks could not agree on it ({text})"))
+            return
+        if not outcome.error:
+            try:
+                outcome = replace(outcome, damage=self._look_after(job, shard, read_back))
+            except Exception as caught:  # it is published all the same
+                self._group_broke = True
+                logger.warning("after the checkpoint of step %d was saved: %s", job.step, caught)
+        self._done.put(outcome)
 
-    def _save(self, job: "_Job", read_back: bool) -> Outcome:
+    def _save(self, job: "_Job") -> tuple[dict[str, Any], Outcome]:
+        """Write and publish; returns this rank's manifest entry and what became of it."""
         part = job.target.with_name(f".{job.target.name}.{job.token}.tmp")
-        entry, error = None, job.error
+        shard, sums, error = {}, {}, job.error
         if not error:
             try:
-                entry = self._write_own(job, part)
-            except (OSError, RuntimeError) as caught:
+                shard, sums = self._write_own(job, part)
+            except Exception as caught:
                 error = f"{type(caught).__name__}: {caught}"
-        results = gather_objects((entry, error), self._group)
-        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
+        results = gather_objects((shard, sums, error), self._group)
+        failures = [f"rank {rank}: {text}" for rank, (*_, text) in enumerate(results) if text]
         if not failures and self._ranks.is_main:
             try:
-                entries, sums = zip(*(one for one, _ in results), strict=True)
-                publish(part, job.target, build_manifest(job.step, job.contents, entries, sums))
-            except (OSError, CheckpointError) as caught:
+                shards, all_sums, _ = zip(*results, strict=True)
+                publish(part, job.target, build_manifest(job.step, job.contents, shards, all_sums))
+            except Exception as caught:
                 failures = [f"rank 0: {type(caught).__name__}: {caught}"]
         failures = broadcast_object(failures, self._group)
         if failures:
             if self._ranks.is_main and job.token:
                 shutil.rmtree(part, ignore_errors=True)
-            return job.outcome("; ".join(dict.fromkeys(failures)))
-        seconds = time.perf_counter() - job.began
-        damage, whole = self._read_back(job, results[self._ranks.rank][0][0]) if read_back else ((), False)
+            return shard, job.outcome("; ".join(dict.fromkeys(failures)))
+        num_bytes = sum(one["bytes"] for one, *_ in results)
+        return shard, job.outcome("", num_bytes=num_bytes, seconds=time.perf_counter() - job.began)
+
+    def _look_after(self, job: "_Job", shard: Mapping[str, Any], read_back: bool) -> tuple[str, ...]:
+        """Read a published checkpoint back and remove older ones; returns what is wrong with it."""
+        self.damaged.discard(job.step)
+        damage, whole = self._read_back(job, shard) if read_back else ((), False)
+        if damage:
+            self.damaged.add(job.step)
         if self._ranks.is_main:
             if damage:
                 logger.error("the checkpoint of step %d is damaged on disk: %s", job.step, "; ".join(damage))
-            else:  # one that nobody has read back does not replace the last older one
-                least = 1 if whole else 2
-                retention = replace(self._retention, keep_last=max(least, self._retention.keep_last))
-                prune_after_save(self.run_dir, job.step, retention)
-        num_bytes = sum(shard["bytes"] for (shard, _), _ in results)
-        return job.outcome("", num_bytes=num_bytes, seconds=seconds, damage=damage)
+            else:  # one that nobody has read back does not replace the last one that was
+                retention, known = self._retention, self.damaged
+                prune_after_save(self.run_dir, job.step, retention, read_back=whole, damaged=known)
+        return damage
 
     def _write_own(self, job: "_Job", part: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
         """Write this rank's file; returns its manifest entry and its shares of the fingerprints."""

@@ -152,10 +152,11 @@ class RunConfig(Settings):
                 f"train.micro_batch_size = {self.train.micro_batch_size}: with mixup or cutmix on, a micro-batch is "
                 "mixed with itself and needs at least 2 pictures; raise it, or set image.mix_prob=0"
             )
-        if self.train.keep_best and self.data.validation is None:
+        if self.train.keep_best and (self.data.validation is None or not self.train.evaluate_every):
             raise ValueError(
-                f"train.keep_best = {self.train.keep_best} needs evaluations to tell the best, data.validation is not "
-                "set; set it, or train.keep_best=0"
+                f"train.keep_best = {self.train.keep_best} needs evaluations to tell the best, but data.validation is "
+                f"{self.data.validation} and train.evaluate_every is {self.train.evaluate_every}; set both, or "
+                "train.keep_best=0"
             )
         if self.train.precision == "fp16" and self.zero.stage == 0:
             raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")

@@ -127,7 +127,7 @@ def together(action: Callable[[], object], what: str, *, here: bool = True) -> N
     if here:
         try:
             action()
-        except (OSError, ValueError) as caught:
+        except Exception as caught:  # whatever it is, the others wait for this rank's word
             error = caught
     raise_together(error, what)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvit.distributed import RankInfo, logger
+from mvit.fingerprint import fingerprint
 from mvit.fragments import EMA, MASTER, Fragment, ZeroLayout, with_ema
 from mvit.optim import OptimConfig, ParameterGroup, build_adamw
 from mvit.zero import Precision, ZeroConfig, deepspeed_config, uses_autocast
@@ -89,7 +90,7 @@ class Engine:
 
     @property
     def has_ema(self) -> bool:
-        return bool(self._ema)
+        return self._ema_decay is not None  # a rank without a share of the weights has none of the average either
 
     @property
     def skipped_steps(self) -> int:
@@ -144,6 +145,12 @@ class Engine:
         """Return the model's persistent buffers, the same on every rank."""
         kept = self.module.state_dict(keep_vars=True)
         return {name: kept[name] for name, _ in self.module.named_buffers() if name in kept}
+
+    def replicas(self) -> dict[str, int]:
+        """Return fingerprints of the weights that every rank holds whole: all of them up to stage 2, at 3 none."""
+        if self.layout.stage == 3:
+            return {}
+        return {name: int(fingerprint(p.data.reshape(-1))) for name, p in self.module.named_parameters()}
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Return what the optimizer does with each parameter group, as it stands in the optimizer itself."""

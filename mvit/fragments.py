@@ -186,6 +186,6 @@ class ZeroLayout:
 
 def with_ema(fragments: Sequence[Fragment], ema: Mapping[str, Tensor]) -> list[Fragment]:
     """Return `fragments` with this rank's part of the moving average as one more state."""
-    if not ema:
+    if not ema:  # no average, or no share of it here
         return list(fragments)
     return [f if f.frozen else replace(f, states=f.states | {EMA: ema[f.name]}) for f in fragments]

@@ -1,11 +1,19 @@
 """Which checkpoints of a run are kept, and removing the others."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mvit.checkpoint import checkpoint_path, checkpoints_dir, list_steps, newest_valid, publications
+from mvit.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    checkpoints_dir,
+    list_steps,
+    newest_valid,
+    publications,
+    read_manifest,
+)
 from mvit.distributed import logger
 
 
@@ -28,19 +36,36 @@ class Retention:
 
 
 def scores_of(run_dir: Path) -> dict[int, float]:
-    """Return the evaluated checkpoints' figures of merit, by step."""
-    return {line["step"]: line["score"] for line in publications(run_dir) if line.get("score") is not None}
+    """Return the figures of merit of the evaluated checkpoints on disk, by step."""
+    listed = {line["step"]: line.get("score") for line in publications(run_dir)}
+    for step in list_steps(run_dir):
+        if step not in listed:  # published, but the line was lost
+            try:
+                listed[step] = read_manifest(checkpoint_path(run_dir, step)).score
+            except CheckpointError:
+                continue
+    return {step: score for step, score in listed.items() if score is not None}
 
 
-def prune_after_save(run_dir: Path, newest: int, retention: Retention) -> list[int]:
+def prune_after_save(
+    run_dir: Path, newest: int, retention: Retention, *, read_back: bool = True, damaged: Collection[int] = ()
+) -> list[int]:
     """Remove what `retention` does not keep, up to step `newest`, which has just been published; returns the removed.
 
-    What cannot be removed is reported and stays: the new checkpoint is published, so nothing has failed.
+    `damaged` ones do not count among the kept, and go as soon as a later one is whole. Unless `newest` was read back
+    from disk itself, the last one that was stays, and two at least. What cannot be removed is reported and stays: the
+    new checkpoint is published, so nothing has failed.
     """
     # Beyond the one just published lie only damaged ones that the run has fallen back from: they must not count as
     # the newest, or the good ones would go. They are replaced when the run comes to their step again.
     steps = [step for step in list_steps(run_dir) if step <= newest]
-    kept = retention.kept(steps, scores_of(run_dir))
+    good = [step for step in steps if step not in damaged]
+    if read_back:
+        kept = retention.kept(good, scores_of(run_dir))
+    else:
+        kept = replace(retention, keep_last=max(2, retention.keep_last)).kept(good, scores_of(run_dir))
+        proven = [line["step"] for line in publications(run_dir) if line["read_back"] and line["step"] in good]
+        kept |= {*proven[-1:], *(step for step in steps if step in damaged)}
     return [step for step in steps if step not in kept and _remove(checkpoint_path(run_dir, step))]
 
 
@@ -76,12 +101,14 @@ def clear_leftovers(run_dir: Path) -> None:
                 logger.warning("%s had been moved aside by a save that was killed; it is back", folder / name)
                 continue
         except OSError as error:
-            logger.warning("%s cannot get its name back: %s", leftover, error)
+            logger.warning("%s cannot get its name back, rename it yourself: %s", leftover, error)
+            continue
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(path: Path) -> bool:
     doomed = path.with_name(f".{path.name}.pruned")
+    shutil.rmtree(doomed, ignore_errors=True)  # of an earlier one of this step that could not go
     try:
         path.rename(doomed)  # no half-deleted folder keeps a checkpoint's name
     except OSError as error:

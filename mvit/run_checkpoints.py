@@ -37,12 +37,18 @@ class RunCheckpoints:
         self.last: Path | None = newest_valid_on_all_ranks(run_dir, ranks)
         """The newest valid checkpoint."""
         self.failed_saves = 0
-        scores = scores_of(run_dir) if ranks.is_main else {}
-        self._best: float | None = broadcast_object(
-            max((scores[step] for step in list_steps(run_dir) if step in scores), default=None)
-        )
+        reached = int(self.last.name.removeprefix("step_")) if self.last else 0
+        # Steps beyond it are damaged, and what they scored will be scored again.
+        self._best: float | None = None
+        together(lambda: self._read_best(reached), "reading the scores of older checkpoints", here=ranks.is_main)
+        self._best = broadcast_object(self._best)
         retention = Retention(config.train.keep_last, config.train.keep_every, config.train.keep_best)
         self._saver = Saver(run_dir, ranks, retention, asynchronous=config.train.async_save)
+        self._saver.damaged = {step for step in list_steps(run_dir) if step > reached}
+
+    def _read_best(self, reached: int) -> None:
+        scores, steps = scores_of(self._run_dir), list_steps(self._run_dir)
+        self._best = max((scores[step] for step in steps if step <= reached and step in scores), default=None)
 
     def attach(self, engine: Engine, loader: TrainLoader, shapes: Mapping[str, list[int]]) -> None:
         """Say whose state is saved and restored; `shapes` of all parameters, from before ZeRO split them."""
@@ -71,9 +77,9 @@ class RunCheckpoints:
             together(lambda: load_into(manifest, fragments, self._shapes), f"loading {path}")
         together(lambda: load_buffers(manifest, engine.buffers()), f"loading the buffers of {path}")
         engine.restore_counters(manifest.step, manifest.state["counters"])
-        check_loaded(manifest, engine.fragments(), engine.hyperparameters(), self._ranks)
-        self._check_counters(manifest.state["counters"], path)
-        self._restore_rng(load_rng(manifest, self._ranks.rank))
+        check_loaded(manifest, engine.fragments(), engine.hyperparameters(), self._ranks, engine.replicas())
+        together(lambda: self._check_counters(manifest.state["counters"], path), "comparing the counters")
+        together(lambda: self._restore_rng(load_rng(manifest, self._ranks.rank)), "restoring the random states")
         logger.info("resumed from %s (saved on %d ranks); the loaded state is the saved one", path, manifest.world_size)
         window = manifest.state["log_window"]
         sums = window["loss_sums"]
@@ -145,11 +151,13 @@ class RunCheckpoints:
 
     def _taken(self, outcomes: list[Outcome]) -> list[Outcome]:
         for outcome in outcomes:
-            if not outcome.error:
+            if outcome.damage:  # the saver has said so
+                self.failed_saves += 1
+            elif not outcome.error:
                 self.last = outcome.path
-                continue
-            self.failed_saves += 1
-            logger.error("%s; training goes on", self._failure(outcome.step, outcome.error))
+            else:
+                self.failed_saves += 1
+                logger.error("%s; training goes on", self._failure(outcome.step, outcome.error))
         return outcomes
 
     def _failure(self, step: int, error: str) -> str:

@@ -338,7 +338,7 @@ class _Run:
 
     def _log_saves(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            if not outcome.error:
+            if not outcome.error and not outcome.damage:
                 self.log.saved(outcome.step, outcome.seconds, outcome.stalled_s, outcome.num_bytes)
 
     def close(self) -> None:

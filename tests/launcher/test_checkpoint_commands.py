@@ -154,6 +154,30 @@ def test_diff_names_what_differs(
     assert "0 of 3 tensors and 0 other facts differ" in capsys.readouterr().out
 
 
+def test_diff_sees_buffers_and_what_is_frozen(
+    ranks: distributed.RankInfo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for index, frozen in enumerate((False, True)):
+        saver, values = Saver(tmp_path / str(index), ranks), torch.arange(6.0)
+        states = {MASTER: values} if frozen else {state: values for state in (MASTER, *MOMENTS)}
+        fragment = Fragment("head.weight", 6, 0, states, True, values)
+        buffers = {"count": torch.tensor(index)} | ({"new": torch.ones(2)} if frozen else {})
+        saver.begin(1, Contents([fragment], {"head.weight": [6]}, [], {"counters": {}}, buffers=buffers))
+        assert [outcome.error for outcome in saver.finish()] == [""]
+        saver.close()
+        paths.append(str(checkpoint_path(tmp_path / str(index), 1)))
+    for pair in (paths, paths[::-1]):
+        assert main(["checkpoint", "diff", *pair, "--json"]) == 1
+        found = _json(capsys)
+        assert found["tensors"] == []
+        assert found["facts"] == [
+            "head.weight: trained in one, frozen in the other",
+            "buffer count: differs",
+            "buffer new: only in one",
+        ]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("list", "verify", "prune", "diff"):
         assert main(["checkpoint", command, str(tmp_path)]) == 1
