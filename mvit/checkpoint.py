@@ -65,7 +65,8 @@ class Manifest:
 
     @property
     def has_ema(self) -> bool:
-        return all(EMA in file["states"] for file in self.files if file["table"])
+        holding = [file for file in self.files if file["table"]]  # a rank may own nothing
+        return bool(holding) and all(EMA in file["states"] for file in holding)
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

@@ -3,7 +3,8 @@
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -293,25 +294,31 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def limit_file_size() -> Iterator[Callable[[int], None]]:
-    """Let writes beyond a size fail with an OSError, as on a full disk."""
+@contextmanager
+def limit_file_size(size: int) -> Iterator[None]:
+    """Let writes beyond a size fail with an OSError, as on a full disk; pytest's own output to a file, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("format", SUFFIXES)
 @pytest.mark.parametrize("moment", ["header", "numbers", "last"])
 def test_a_full_disk_leaves_nothing_behind_and_what_was_there_untouched(
-    trained: RunConfig, tmp_path: Path, limit_file_size: Callable[[int], None], format: Any, moment: str
+    trained: RunConfig, tmp_path: Path, format: Any, moment: str
 ) -> None:
     out = tmp_path / f"w{SUFFIXES[format]}"
     size = export_weights(trained.run_dir, out, format=format, verify=False).stat().st_size
     before = out.read_bytes()
     # "last": of torch's formats, what the file is made of fits, and the file itself does not
-    limit_file_size({"header": 1000, "numbers": size // 2, "last": size - 1000}[moment])
-    with pytest.raises(OSError, match=rf"{out.name} cannot be written: .*; nothing was exported"):
+    limit = {"header": 1000, "numbers": size // 2, "last": size - 1000}[moment]
+    with (
+        pytest.raises(OSError, match=rf"{out.name} cannot be written: .*; nothing was exported"),
+        limit_file_size(limit),
+    ):
         export_weights(trained.run_dir, out, format=format, overwrite=True)
     assert left_in(tmp_path) == {out.name}
     assert out.read_bytes() == before
