@@ -7,13 +7,14 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
-# uv installs the hashed lock in seconds; the project itself is linked, not copied.
+# uv installs the hashed lock in seconds; the project itself is linked, not copied. editable_mode=compat: otherwise
+# `import mvit` beside a clone that is called mvit finds the clone's folder instead of the package.
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/uv pip install --quiet --no-deps --editable .
+	$(BIN)/uv pip install --quiet --no-deps --config-setting editable_mode=compat --editable .
 	touch $@
 
 demo: setup

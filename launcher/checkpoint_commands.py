@@ -27,6 +27,10 @@ def show_list(args: Namespace) -> int:
         except CheckpointError as error:
             rows.append(row | {"problem": str(error)})
             continue
+        if wrong := [one["file"] for one in manifest.files if not _has_size(path / one["file"], one["bytes"])]:
+            told = f"{len(wrong)} file(s) missing or of another size, {wrong[0]} first; see mvit checkpoint verify"
+            rows.append(row | {"problem": told, "read_back": False})
+            continue
         stage = manifest.state.get("config", {}).get("zero", {}).get("stage")
         rows.append(
             row
@@ -43,6 +47,10 @@ def show_list(args: Namespace) -> int:
     return 0
 
 
+def _has_size(file: Path, num_bytes: int) -> bool:
+    return file.is_file() and file.stat().st_size == num_bytes
+
+
 def _table(rows: list[dict[str, object]]) -> str:
     lines = []
     for row in rows:
@@ -57,7 +65,7 @@ def _table(rows: list[dict[str, object]]) -> str:
             f"{size / 2**30:.3f} GiB",
             f"{row['world_size']} rank(s), ZeRO-{row['zero_stage']}{', EMA' if row['ema'] else ''}",
             *([f"score {score:.4g}"] if isinstance(score, float) else []),
-            "read back whole" if row["read_back"] else "not read back since it was written",
+            "read back whole when saved" if row["read_back"] else "not read back when saved, as at a stop",
         ]
         lines.append("  ".join(facts))
     return "\n".join(lines)
@@ -106,24 +114,39 @@ def prune(args: Namespace) -> int:
             f"--keep-last {chosen[0]} --keep-every {chosen[1]} --keep-best {chosen[2]}: at least one newest checkpoint "
             "must stay and no number may be negative"
         )
-    kept, removed = prune(run_dir, Retention(*chosen), dry_run=args.dry_run)
+    kept, removed, damaged = prune(run_dir, Retention(*chosen), dry_run=args.dry_run)
     if args.json:
-        print(json.dumps({"kept": kept, "removed": removed, "dry_run": args.dry_run}))
+        print(json.dumps({"kept": kept, "removed": removed, "damaged": damaged, "dry_run": args.dry_run}))
         return 0
     verb = "would remove" if args.dry_run else "removed"
     print(f"{verb} {', '.join(f'step {step}' for step in removed) or 'nothing'}")
     print(f"kept {', '.join(f'step {step}' for step in kept) or 'nothing'}")
+    if damaged:
+        told = ", ".join(f"step {step}" for step in damaged)
+        print(f"left {told} alone: damaged; a resumed run replaces them, or remove their folders by hand")
     return 0
 
 
 def diff(args: Namespace) -> int:
-    """Compare two checkpoints; exit code 1 if they differ."""
+    """Compare two checkpoints; exit code 1 if they differ, 2 if one cannot be read."""
+    import sys
+
+    from mvit.checkpoint import CheckpointError, verify
     from mvit.checkpoint_diff import compare_checkpoints
     from mvit.progress import counting
 
-    first, second = _pair(args)
-    with counting(args.json) as count:
-        found = compare_checkpoints(first, second, progress=count)
+    try:
+        first, second = _pair(args)
+        for manifest in (first, second):
+            if problems := verify(manifest.path):
+                raise CheckpointError(f"damaged, so not compared: {'; '.join(problems)}")
+        with counting(args.json) as count:
+            found = compare_checkpoints(first, second, progress=count)
+    except (ValueError, OSError) as error:  # as of diff(1): differing and failing are told apart
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.json:
         print(json.dumps({"first": str(first.path), "second": str(second.path), **found.as_dict()}))
         return 1 if found else 0
@@ -134,7 +157,7 @@ def diff(args: Namespace) -> int:
     for one in worst[:_MAX_SHOWN]:
         print(
             f"  {one.state} of {one.name}: {one.differing} of {one.numel} elements, largest {one.largest:.3g}, "
-            f"relative {one.relative:.3g}"
+            f"{one.relative:.3g} of its norm"
         )
     if len(worst) > _MAX_SHOWN:
         print(f"  and {len(worst) - _MAX_SHOWN} more tensors, which differ less (--json lists all)")
@@ -163,9 +186,10 @@ def bench(args: Namespace) -> int:
         print(json.dumps(rows))
         return 0
     for row in rows:
+        verb = "takes" if row["what"] in ("load", "prove the loaded state") else "training waits"
         ratio = "" if row["stall_ratio"] is None else f", {row['stall_ratio']:.2f} x DeepSpeed's"
         print(
-            f"{row['what']}: training waits {row['stall_s']:.3f} s (first time {row['first_stall_s']:.3f}{ratio}), "
+            f"{row['what']}: {verb} {row['stall_s']:.3f} s (first time {row['first_stall_s']:.3f}{ratio}), "
             f"done after {row['total_s']:.2f} s, {row['gib']:.2f} GiB, {row['stall_s_per_gb']:.3f} s per GB, "
             f"{row['extra_gib']:.2f} GiB of memory more"
         )
@@ -198,6 +222,9 @@ def _run_dir(text: str) -> Path:
     from mvit.run_identity import read_config
 
     run_dir = Path(text).absolute()
+    if (run_dir / "manifest.json").is_file():
+        step = run_dir.name.removeprefix("step_").lstrip("0")
+        raise ValueError(f"{run_dir} is one checkpoint; name its run and the step: {run_dir.parents[1]}, step {step}")
     read_config(run_dir)  # refuses a folder that is no run
     return run_dir
 

@@ -142,7 +142,7 @@ def _add_runs(group: "argparse._SubParsersAction") -> None:
         "resume",
         commands.resume,
         "continue a run in its folder, from its newest valid checkpoint, with its own config and code",
-        "mvit resume runs/digits --follow",
+        "mvit resume runs/digits ranks_per_node=1 zero.stage=3 --follow",
     )
     _run_dir(resume)
     _overrides(resume)
@@ -248,7 +248,7 @@ def _add_checkpoints(group: "argparse._SubParsersAction") -> None:
         group,
         "diff",
         checkpoints.diff,
-        "compare two checkpoints, whatever their ranks and ZeRO stages; exit code 1 if they differ",
+        "compare two checkpoints, whatever their ranks and stages; exit code 1 if they differ, 2 on error",
         "mvit checkpoint diff runs/a runs/b --steps 100 100",
     )
     diff.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, or one checkpoint's")

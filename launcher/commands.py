@@ -141,7 +141,9 @@ def export(args: Namespace) -> int:
             verify=not args.no_verify,
             progress=count,
         )
-    print(f"wrote {out}")
+    which = "averaged weights" if args.ema else "last weights"
+    checked = "not verified" if args.no_verify else "tensors and logits are the run's own"
+    print(f"wrote {out}: {which}, {checked}")
     return 0
 
 

@@ -96,7 +96,10 @@ def _checked_ranks(option: str, ranks: int, gpus: int, config: "RunConfig") -> i
             f"{option} {ranks}: this machine shows {gpus} GPU(s) to CUDA and a rank drives exactly one; lower it, or "
             "hide the GPUs with CUDA_VISIBLE_DEVICES= to prove it on the CPU"
         )
-    config.batch_arithmetic(ranks)
+    try:
+        config.batch_arithmetic(ranks)
+    except ValueError as error:
+        raise ProofError(f"{option} {ranks}: {error}") from None
     return ranks
 
 

@@ -40,7 +40,8 @@ class RunState:
         job = "" if self.job_id is None else f", job {self.job_id}"
         lines.append(f"attempt {self.attempt}, {self.executor}{job}; {self.run_dir}")
         total = "" if self.total_steps is None else f" of {self.total_steps}"
-        lines.append(f"step {self.step}{total}, last checkpoint at step {self.checkpoint_step}")
+        saved = f"last checkpoint at step {self.checkpoint_step}" if self.checkpoint_step else "no checkpoint yet"
+        lines.append(f"step {self.step}{total}, {saved}")
         for title, record in (("last metrics", self.metrics), ("last evaluation", self.evaluation)):
             shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in _NOT_SHOWN)
             if shown:

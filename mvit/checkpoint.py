@@ -161,7 +161,8 @@ def verify(
     for done, entry in enumerate(files, start=1):
         file = path / entry["file"]
         try:
-            size = file.stat().st_size
+            with open(file, "rb") as handle:
+                size = os.fstat(handle.fileno()).st_size
             if size != entry["bytes"]:
                 problems.append(f"{file}: {size} bytes, the manifest says {entry['bytes']}")
             elif file_sha256(file) != entry["sha256"]:

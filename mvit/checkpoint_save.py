@@ -49,7 +49,7 @@ class Outcome:
     seconds: float
     """From the beginning to the publish."""
     stalled_s: float
-    """How long training waited for it, an earlier save in flight included."""
+    """How long training waited for it: for an earlier save in flight, the copy, and at a stop for the publish."""
     damage: tuple[str, ...]
     """What reading it back from disk found wrong."""
 
@@ -114,6 +114,8 @@ class Saver:
             self._thread.start()
         else:
             self._run(job, read_back)
+            outcome = self._done.get()
+            self._done.put(replace(outcome, stalled_s=time.perf_counter() - began))
 
     def poll(self) -> list[Outcome]:
         """Return the saves that ended since the last call; never waits."""
@@ -121,8 +123,10 @@ class Saver:
 
     def finish(self) -> list[Outcome]:
         """Wait until the save in flight is published (a read-back is cut short) and return what `poll` would."""
+        began = time.perf_counter()
         self._join(hurry=True)
-        return self.poll()
+        waited, outcomes = time.perf_counter() - began, self.poll()
+        return [*outcomes[:-1], *(replace(one, stalled_s=one.stalled_s + waited) for one in outcomes[-1:])]
 
     def close(self, patience_s: float = 30.0) -> None:
         """Wait a moment for a save in flight, as the run may be ending because of an error on this rank alone."""

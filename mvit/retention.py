@@ -69,22 +69,22 @@ def prune_after_save(
     return [step for step in steps if step not in kept and _remove(checkpoint_path(run_dir, step))]
 
 
-def prune(run_dir: Path, retention: Retention, *, dry_run: bool = False) -> tuple[list[int], list[int]]:
-    """Remove what `retention` does not keep of a run at rest; returns the steps kept and removed.
+def prune(run_dir: Path, retention: Retention, *, dry_run: bool = False) -> tuple[list[int], list[int], list[int]]:
+    """Remove what `retention` does not keep of a run at rest; returns the steps kept, removed, and left as damaged.
 
     The newest checkpoint is read whole first. If it is damaged, the newest valid one counts as the newest, and damaged
     ones beyond it stay for a look. Raises CheckpointError if none is usable: then nothing may be removed.
     """
     newest = newest_valid(run_dir)
     if newest is None:
-        return [], []
+        return [], [], []
     steps = list_steps(run_dir)
     limit = int(newest.name.removeprefix("step_"))
     up_to = [step for step in steps if step <= limit]
     kept = retention.kept(up_to, scores_of(run_dir))
     doomed = [step for step in up_to if step not in kept]
     removed = doomed if dry_run else [step for step in doomed if _remove(checkpoint_path(run_dir, step))]
-    return [step for step in steps if step not in removed], removed
+    return [step for step in up_to if step not in removed], removed, steps[len(up_to) :]
 
 
 def clear_leftovers(run_dir: Path) -> None:

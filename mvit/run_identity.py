@@ -46,6 +46,8 @@ def config_path(run_dir: Path) -> Path:
 def read_config(run_dir: Path) -> RunConfig:
     """Read the resolved config of a run; raises ConfigError if the folder holds no run."""
     file = config_path(run_dir)
+    if not run_dir.exists():
+        raise ConfigError(f"{run_dir} does not exist; name the folder of a run: output_dir/name of its recipe")
     if not file.is_file():
         raise ConfigError(f"{run_dir}: holds no config.yaml, so it is not a run folder; name the folder of a run")
     return parse_config(yaml.safe_load(file.read_text()), source=str(file))

@@ -81,6 +81,9 @@ def test_list_shows_what_the_manifests_say(run: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "step 20  DAMAGED" in out
     assert "1 rank(s), ZeRO-2" in out
+    os.truncate(checkpoint_path(run, 30) / "rank_00000.safetensors", 10)
+    assert main(["checkpoint", "list", str(run)]) == 0
+    assert "step 30  DAMAGED: 1 file(s) missing or of another size" in capsys.readouterr().out
 
 
 def test_verify_finds_the_damaged_one_and_says_where_a_resume_lands(
@@ -107,10 +110,12 @@ def test_verify_finds_the_damaged_one_and_says_where_a_resume_lands(
 def test_prune_never_removes_the_newest_valid_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _damage(run, 30)
     assert main(["checkpoint", "prune", str(run), "--keep-last", "1", "--dry-run"]) == 0
-    assert "would remove step 10" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "would remove step 10" in out
+    assert "left step 30 alone: damaged" in out
     assert list_steps(run) == [10, 20, 30]
     assert main(["checkpoint", "prune", str(run), "--keep-last", "1", "--json"]) == 0
-    assert _json(capsys) == {"kept": [20, 30], "removed": [10], "dry_run": False}
+    assert _json(capsys) == {"kept": [20], "removed": [10], "damaged": [30], "dry_run": False}
     assert list_steps(run) == [20, 30], "20 is the newest valid one; the damaged one stays for a look"
     _damage(run, 20)
     assert main(["checkpoint", "prune", str(run), "--keep-last", "1"]) == 1
@@ -149,6 +154,10 @@ def test_diff_names_what_differs(
             "relative": pytest.approx(0.5 / sum(x * x for x in (1, 2, 3, 4, 35, 6)) ** 0.5),
         }
     ]
+    _damage(run, 10)
+    assert main(["checkpoint", "diff", str(run), "--steps", "10", "30"]) == 2
+    assert "damaged, so not compared" in capsys.readouterr().err
+    assert main(["checkpoint", "diff", str(run), "--steps", "11", "30"]) == 2
     same = str(checkpoint_path(run, 20))
     assert main(["checkpoint", "diff", same, same]) == 0
     assert "0 of 3 tensors and 0 other facts differ" in capsys.readouterr().out
@@ -180,5 +189,12 @@ def test_diff_sees_buffers_and_what_is_frozen(
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("list", "verify", "prune", "diff"):
-        assert main(["checkpoint", command, str(tmp_path)]) == 1
+        assert main(["checkpoint", command, str(tmp_path)]) == (2 if command == "diff" else 1)
         assert "is not a run folder" in capsys.readouterr().err
+    assert main(["checkpoint", "list", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_one_checkpoint_instead_of_a_run_is_told_from_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "verify", str(checkpoint_path(run, 20))]) == 1
+    assert f"name its run and the step: {run}, step 20" in capsys.readouterr().err
