@@ -1,12 +1,16 @@
 """Settings every test shares: one thread, no GPU probing noise, shards of real digits packed once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from mvit import distributed
 
 torch.set_num_threads(1)
 
@@ -19,3 +23,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits") / "shards"
     pack_digits(folder)
     return folder
+
+
+@pytest.fixture
+def alone() -> Iterator[distributed.RankInfo]:
+    """Make this process a world of one for one test; a group that was there before stays, DeepSpeed holds on to it."""
+    was_there = dist.is_initialized()
+    yield distributed.start()
+    if not was_there:
+        distributed.shutdown()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,9 @@ from mvit.retention import Retention
 
 
 @pytest.fixture
-def ranks() -> Iterator[distributed.RankInfo]:
-    yield distributed.start()
-    distributed.shutdown()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-
-
-@pytest.fixture
-def run(ranks: distributed.RankInfo, tmp_path: Path) -> Path:
+def run(alone: distributed.RankInfo, tmp_path: Path) -> Path:
     """Return a run folder with checkpoints of the steps 10, 20, 30."""
-    return make_run(ranks, tmp_path / "run", (10, 20, 30))
+    return make_run(alone, tmp_path / "run", (10, 20, 30))
 
 
 def make_run(ranks: distributed.RankInfo, folder: Path, steps: tuple[int, ...], spoil: float = 0.0) -> Path:
@@ -133,14 +124,14 @@ def test_prune_keeps_what_the_settings_keep(run: Path, capsys: pytest.CaptureFix
 
 
 def test_diff_names_what_differs(
-    run: Path, ranks: distributed.RankInfo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, alone: distributed.RankInfo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["checkpoint", "diff", str(run), "--steps", "10", "30"]) == 1
     out = capsys.readouterr().out
     assert "step: 10 -> 30" in out
     assert "exp_avg of head.weight: 1 of 6 elements, largest 20" in out
     assert "1 of 3 tensors and 1 other facts differ" in out
-    other = make_run(ranks, tmp_path / "other", (30,), spoil=0.5)
+    other = make_run(alone, tmp_path / "other", (30,), spoil=0.5)
     assert main(["checkpoint", "diff", str(run), str(other), "--json"]) == 1
     found = _json(capsys)
     assert found["facts"] == ["config.name: run -> other"]
@@ -164,11 +155,11 @@ def test_diff_names_what_differs(
 
 
 def test_diff_sees_buffers_and_what_is_frozen(
-    ranks: distributed.RankInfo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    alone: distributed.RankInfo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = []
     for index, frozen in enumerate((False, True)):
-        saver, values = Saver(tmp_path / str(index), ranks), torch.arange(6.0)
+        saver, values = Saver(tmp_path / str(index), alone), torch.arange(6.0)
         states = {MASTER: values} if frozen else {state: values for state in (MASTER, *MOMENTS)}
         fragment = Fragment("head.weight", 6, 0, states, True, values)
         buffers = {"count": torch.tensor(index)} | ({"new": torch.ones(2)} if frozen else {})

@@ -1,6 +1,5 @@
 """What only a GPU can show: fp16 with its loss scale, NCCL, the fused attention, and resuming there."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 import mvit
-import mvit.distributed
+from mvit import distributed
 from mvit.checkpoint_load import whole_weights
 from mvit.checkpoint_save import Contents, Saver
 from mvit.config import parse_config
@@ -47,21 +46,17 @@ def test_every_stage_trains_and_resumes_on_a_gpu(digits: Path, tmp_path: Path, s
         assert all("skipped_steps" in record for record in records(whole.run_dir))
 
 
-def test_a_save_beside_training_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
+def test_a_save_beside_training_holds_what_was_there_when_it_began(alone: distributed.RankInfo, tmp_path: Path) -> None:
     """The copies to page-locked memory are queued before the next kernels, which may already change the state."""
-    ranks = mvit.distributed.start()
     values = {state: torch.full((50_000_000,), 1.0, device="cuda") for state in (MASTER, *MOMENTS)}
     fragment = Fragment("w", 50_000_000, 0, values, True, values[MASTER])
-    saver = Saver(tmp_path, ranks)
+    saver = Saver(tmp_path, alone)
     saver.reserve([fragment])
     saver.begin(1, Contents([fragment], {"w": [50_000_000]}, [], {}, {"device": torch.cuda.get_rng_state()}))
     for tensor in values.values():
         tensor.fill_(2.0)
     (outcome,) = saver.finish()
     saver.close()
-    mvit.distributed.shutdown()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
     assert not outcome.error
     assert all(tensor.eq(1.0).all() for _, tensor in whole_weights(outcome.path))
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,14 +135,6 @@ def test_after_a_kill_at_any_write_point_a_whole_checkpoint_is_found(spawn: Call
 
 
 # --- one process ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def alone() -> Iterator[distributed.RankInfo]:
-    yield distributed.start()
-    distributed.shutdown()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
 
 
 def _whole(value: float, score: float | None = None) -> Contents:

@@ -1,8 +1,7 @@
 """What goes wrong in or after a save, on one rank or on the medium, harms neither later saves nor older checkpoints."""
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from mvit.fragments import EMA, MASTER, MOMENTS, Fragment
 from mvit.retention import Retention, clear_leftovers, prune_after_save, scores_of
 from tests.mvit.test_zero_stages import _engine, _load, _save, _step
 from tests.ranks import run_distributed
-
-
-@pytest.fixture
-def alone() -> Iterator[distributed.RankInfo]:
-    yield distributed.start()
-    distributed.shutdown()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
 
 
 def _whole(value: float, score: float | None = None, buffers: dict[str, torch.Tensor] | None = None) -> Contents:
