@@ -1,6 +1,6 @@
 """What differs between two checkpoints: tensors element by element, groups, counters, data cursor, recipe."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from mvit.checkpoint import Manifest
 from mvit.checkpoint_load import read_buffers, whole_states
 from mvit.fragments import EMA, MASTER, MOMENTS
+from mvit.run_identity import flatten
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compare_checkpoints(
         f"{name}: trained in one, frozen in the other" for name in shared if name in first.trained ^ second.trained
     ]
     facts += _different_buffers(first, second)
-    before, after = _flat(_facts(first)), _flat(_facts(second))
+    before, after = flatten(_facts(first)), flatten(_facts(second))
     facts += [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())
@@ -114,13 +115,3 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "groups": groups,
         **state,
     }
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -76,7 +76,7 @@ def claim(run_dir: Path, config: RunConfig) -> None:
 
 def differences(saved: RunConfig, new: RunConfig) -> list[str]:
     """List what `new` would compute differently from `saved`, as `key: saved value -> new value`."""
-    before, after = _flatten(saved.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    before, after = flatten(saved.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
@@ -84,11 +84,12 @@ def differences(saved: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of mappings as one, its keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

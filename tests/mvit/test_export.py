@@ -166,7 +166,8 @@ def test_custom_sizes_and_ablations_that_timm_has_are_its_models(
 ) -> None:
     config = untrained(tmp_path, **model)
     out = export_weights(config.run_dir, tmp_path / "w.safetensors", format="timm")  # compares the logits
-    timms_model(depths=(1, 2, 1, 1), **timms).load_state_dict(load_file(out), strict=True)
+    loaded = timms_model(depths=(1, 2, 1, 1), **timms).load_state_dict(load_file(out), strict=True)
+    assert loaded.missing_keys == loaded.unexpected_keys == []
 
 
 def test_a_published_variant_loads_into_timms_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
