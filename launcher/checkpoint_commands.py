@@ -212,7 +212,7 @@ def _pair(args: Namespace) -> "tuple[Manifest, Manifest]":
             folder = Path(given).absolute()
             if not (folder / "manifest.json").is_file():
                 folder = _run_dir(given)
-                step = args.steps[position] if args.steps else (_steps(folder, None) or [0])[-1]
+                step = args.steps[position] if args.steps else _steps(folder, None)[-1]
                 folder = checkpoint_path(folder, _known(folder, step))
             pair.append(folder)
     return read_manifest(pair[0]), read_manifest(pair[1])
