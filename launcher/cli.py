@@ -1,39 +1,22 @@
 """The command line: parse, load, dispatch. Everything heavy is imported by the command that needs it."""
 
 import argparse
-import difflib
 import json
-import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 from launcher import checkpoint_commands as checkpoints
 from launcher import commands
-
-Handler = Callable[[argparse.Namespace], int]
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        if wrong is not None:
-            choices = re.findall(r"[\w-]+", wrong.group(2))
-            close = difflib.get_close_matches(wrong.group(1), choices, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"choose from: {', '.join(choices)}."
-            message = f"unknown command or value {wrong.group(1)!r}: {hint}"
-        print(f"error: {message}\nsee: {self.prog} --help", file=sys.stderr)
-        raise SystemExit(2)
+from launcher.arguments import Parser, add_command, add_json, add_recipe, add_run_dir
+from launcher.run_arguments import add_runs
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = _Parser(prog="mvit", description="Train multiscale vision transformers (MViTv2) on your own cluster.")
+    parser = Parser(prog="mvit", description="Train multiscale vision transformers (MViTv2) on your own cluster.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     group = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_runs(group)
+    add_runs(group)
     _add_results(group)
     _add_checkpoints(group)
     _add_prove_resume(group)
@@ -82,115 +65,31 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
                 parser.error(f"{word!r} is not a setting: write key=value, schedule.epochs=10 for one")
 
 
-def _command(group: "argparse._SubParsersAction", name: str, handler: Handler, text: str, example: str) -> _Parser:
-    parser = group.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    # SUPPRESS: the default must not undo a --debug given before the command
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.set_defaults(handler=handler)
-    return parser
-
-
-def _recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file of configs/, or a run's config.yaml")
-    _overrides(parser)
-
-
-def _overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="settings that replace the recipe's")
-
-
-def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object for scripts")
-
-
-def _add_runs(group: "argparse._SubParsersAction") -> None:
-    train = _command(
-        group,
-        "train",
-        commands.train,
-        "train in this process, or as each rank under torchrun or srun",
-        "mvit train configs/demo/digits.yaml train.global_batch_size=64",
-    )
-    _recipe(train)
-    train.add_argument("--resume", action="store_true", help="continue if the run folder exists already")
-
-    submit = _command(
-        group,
-        "submit",
-        commands.submit,
-        "submit a run to Slurm or to this machine, with a snapshot of the code",
-        "mvit submit configs/demo/digits.yaml --cluster configs/cluster/local.yaml --follow",
-    )
-    _recipe(submit)
-    _cluster(submit, required=True)
-    text = "submit although data.train or data.validation is not visible from here (a node-local disk, say)"
-    submit.add_argument("--no-data-check", action="store_true", help=text)
-    submit.add_argument(
-        "--dry-run", action="store_true", help="print batch arithmetic and batch script, create nothing"
-    )
-    _follow(submit)
-    _json(submit)
-
-    resume = _command(
-        group,
-        "resume",
-        commands.resume,
-        "continue a run in its folder, from its newest valid checkpoint, with its own config and code",
-        "mvit resume runs/digits ranks_per_node=1 zero.stage=3 --follow",
-    )
-    _run_dir(resume)
-    _overrides(resume)
-    _cluster(resume, required=False)
-    _follow(resume)
-    _json(resume)
-
-    status = _command(group, "status", commands.status, "show what became of a run", "mvit status runs/digits --json")
-    _run_dir(status)
-    _follow(status)
-    _json(status)
-
-    stop = _command(
-        group, "stop", commands.stop, "let a run save and end; resume continues it", "mvit stop runs/digits --wait"
-    )
-    _run_dir(stop)
-    stop.add_argument("--wait", action="store_true", help="return when it has ended; exit code 0 if it was saved")
-    stop.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds --wait waits (600)")
-
-    cancel = _command(group, "cancel", commands.cancel, "end a run at once, without a save", "mvit cancel runs/digits")
-    _run_dir(cancel)
-
-
 def _add_results(group: "argparse._SubParsersAction") -> None:
-    config = _command(
+    config = add_command(
         group,
         "config",
         commands.config,
         "print the resolved config of a recipe, itself a valid recipe",
         "mvit config configs/demo/digits.yaml optim.lr=1e-3",
     )
-    _recipe(config)
+    add_recipe(config)
 
-    evaluate = _command(
+    evaluate = add_command(
         group,
         "evaluate",
         commands.evaluate,
         "evaluate weights on a recipe's validation shards",
         "mvit evaluate configs/demo/digits.yaml --weights digits.safetensors --json",
     )
-    _recipe(evaluate)
+    add_recipe(evaluate)
     evaluate.add_argument(
         "--weights", required=True, metavar="FILE", help="exported or published weights, or a checkpoint folder"
     )
     evaluate.add_argument("--ema", action="store_true", help="the averaged weights of a checkpoint")
-    _json(evaluate)
+    add_json(evaluate)
 
-    export = _command(
+    export = add_command(
         group,
         "export",
         commands.export,
@@ -213,38 +112,38 @@ def _add_results(group: "argparse._SubParsersAction") -> None:
 def _add_checkpoints(group: "argparse._SubParsersAction") -> None:
     checkpoint = group.add_parser("checkpoint", help="look at a run's checkpoints, verify and remove them")
     group = checkpoint.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
-    listing = _command(
+    listing = add_command(
         group, "list", checkpoints.show_list, "list a run's checkpoints", "mvit checkpoint list runs/digits"
     )
-    _run_dir(listing)
-    _json(listing)
+    add_run_dir(listing)
+    add_json(listing)
 
-    verify = _command(
+    verify = add_command(
         group,
         "verify",
         checkpoints.verify,
         "read every byte of a run's checkpoints and compare hashes; exit code 1 if one is damaged",
         "mvit checkpoint verify runs/digits --step 1000",
     )
-    _run_dir(verify)
+    add_run_dir(verify)
     verify.add_argument("--step", type=int, metavar="N", help="this checkpoint only")
-    _json(verify)
+    add_json(verify)
 
-    prune = _command(
+    prune = add_command(
         group,
         "prune",
         checkpoints.prune,
         "remove checkpoints that the run's settings do not keep, never the newest valid one",
         "mvit checkpoint prune runs/digits --keep-last 1 --dry-run",
     )
-    _run_dir(prune)
+    add_run_dir(prune)
     prune.add_argument("--keep-last", type=int, metavar="N", help="newest kept (train.keep_last)")
     prune.add_argument("--keep-every", type=int, metavar="N", help="multiples of this step kept (train.keep_every)")
     prune.add_argument("--keep-best", type=int, metavar="N", help="best evaluated kept (train.keep_best)")
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed, remove nothing")
-    _json(prune)
+    add_json(prune)
 
-    diff = _command(
+    diff = add_command(
         group,
         "diff",
         checkpoints.diff,
@@ -254,18 +153,18 @@ def _add_checkpoints(group: "argparse._SubParsersAction") -> None:
     diff.add_argument("run_dir", metavar="RUN_DIR", help="a run's folder, or one checkpoint's")
     diff.add_argument("other", nargs="?", metavar="OTHER", help="another run's folder or checkpoint (the same run)")
     diff.add_argument("--steps", type=int, nargs=2, metavar=("A", "B"), help="their steps (the newest)")
-    _json(diff)
+    add_json(diff)
 
 
 def _add_prove_resume(group: "argparse._SubParsersAction") -> None:
-    prove = _command(
+    prove = add_command(
         group,
         "prove-resume",
         commands.prove_resume,
         "train a few steps of a recipe undisturbed, and again with a kill and a resume, and compare them bit by bit",
         "mvit prove-resume configs/demo/digits.yaml --ranks 2",
     )
-    _recipe(prove)
+    add_recipe(prove)
     prove.add_argument("--steps", type=int, default=12, metavar="N", help="steps compared (12)")
     prove.add_argument("--kill-at", type=int, metavar="K", help="step in whose middle a rank is killed (2/3 of N)")
     prove.add_argument("--ranks", type=int, metavar="R", help="processes (one per GPU of this machine, 1 without)")
@@ -276,14 +175,14 @@ def _add_prove_resume(group: "argparse._SubParsersAction") -> None:
     prove.add_argument("--tolerance", type=float, metavar="X", help=text)
     prove.add_argument("--work", metavar="DIR", help="where the temporary runs lie (the recipe's output_dir)")
     prove.add_argument("--keep", action="store_true", help="keep them; without it they are removed on success")
-    _json(prove)
+    add_json(prove)
 
 
 def _add_data(group: "argparse._SubParsersAction") -> None:
     data = group.add_parser("data", help="write and check tar shards").add_subparsers(
         dest="subcommand", metavar="COMMAND", required=True
     )
-    pack = _command(
+    pack = add_command(
         data,
         "pack",
         commands.data_pack,
@@ -301,20 +200,20 @@ def _add_data(group: "argparse._SubParsersAction") -> None:
     pack.add_argument("--workers", type=int, metavar="N", help="threads that decode for checking")
     pack.add_argument("--strict", action="store_true", help="stop at the first file that is no readable picture")
     pack.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    _json(pack)
+    add_json(pack)
 
-    check = _command(
+    check = add_command(
         data, "check", commands.data_check, "verify every byte of packed shards", "mvit data check shards/train"
     )
     check.add_argument("shards", metavar="SHARDS", help="a folder that `mvit data pack` wrote")
-    _json(check)
+    add_json(check)
 
 
 def _add_bench(group: "argparse._SubParsersAction") -> None:
     bench = group.add_parser("bench", help="measure speed on this machine").add_subparsers(
         dest="subcommand", metavar="COMMAND", required=True
     )
-    model = _command(
+    model = add_command(
         bench,
         "model",
         commands.bench_model,
@@ -331,9 +230,9 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
     model.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each (5)")
     model.add_argument("--device", metavar="DEVICE", help="cpu or cuda; cuda where there is one")
-    _json(model)
+    add_json(model)
 
-    data = _command(
+    data = add_command(
         bench,
         "data",
         commands.bench_data,
@@ -343,10 +242,10 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     data.add_argument("--workers", type=int, nargs="+", default=[0], metavar="N", help="worker processes (0)")
     data.add_argument("--batch", type=int, default=50, metavar="N", help="samples per batch (50)")
     data.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each (3)")
-    _recipe(data)
-    _json(data)
+    add_recipe(data)
+    add_json(data)
 
-    checkpoint = _command(
+    checkpoint = add_command(
         bench,
         "checkpoint",
         checkpoints.bench,
@@ -362,22 +261,7 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     )
     checkpoint.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each (3)")
     checkpoint.add_argument("--folder", metavar="DIR", help="file system to write to (the temporary folder's)")
-    _json(checkpoint)
-
-
-def _run_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the run's folder: output_dir/name of its recipe")
-
-
-def _cluster(parser: argparse.ArgumentParser, required: bool) -> None:
-    text = "a file of configs/cluster/; cluster.KEY=VALUE replaces its settings"
-    parser.add_argument("--cluster", required=required, metavar="FILE", help=text)
-    parser.add_argument("--nodes", type=int, metavar="N", help="short for cluster.nodes=N")
-
-
-def _follow(parser: argparse.ArgumentParser) -> None:
-    text = "stay, show progress; exit code 0 finished, 85 stopped on request, 1 failed"
-    parser.add_argument("--follow", "--wait", action="store_true", help=text)
+    add_json(checkpoint)
 
 
 if __name__ == "__main__":
