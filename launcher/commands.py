@@ -69,9 +69,10 @@ def resume(args: Namespace) -> int:
 
 def status(args: Namespace) -> int:
     """Show a run's state; a failed run's first failure too."""
+    from launcher.failure import failure_text
     from launcher.follow import follow
     from launcher.run_folder import RunFolder
-    from launcher.status import failure_text, run_state
+    from launcher.status import run_state
 
     run_dir = Path(args.run_dir).absolute()
     if args.follow:

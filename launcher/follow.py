@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.failure import failure_text
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder, parse_json_line
-from launcher.status import failure_text, judge, poll_interval_s, run_state
+from launcher.status import judge, poll_interval_s, run_state
 from launcher.stop import request_stop
 from mvit.progress import ProgressDisplay
 

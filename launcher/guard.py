@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.failure import describe_end
+from launcher.lives import close_attempt_if_over, is_alive_record
 from launcher.preemption import EXIT_STOPPED, STOP_SIGNALS
 from launcher.processes import identify
 from launcher.run_folder import rank_file, read_records, write_json
-from launcher.status import close_attempt_if_over, describe_end, is_alive_record
 
 POLL_S = 0.25
 GRACE_S = 1.5  # for a rank to write its own traceback after a peer has failed

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from launcher.lives import close_lost_attempts
 from launcher.preemption import EXIT_FAILED, EXIT_STOPPED, StopRequest
 from launcher.processes import identify
 from launcher.run_folder import RunFolder, rank_file, write_json
 from launcher.snapshot import verify_snapshot
-from launcher.status import close_lost_attempts
 
 if TYPE_CHECKING:
     from mvit.config import RunConfig

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.failure import first_failure
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder
-from launcher.status import first_failure
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.preemption import EXIT_STOPPED
+from launcher.failure import first_failure
+from launcher.lives import is_alive_record
 from launcher.processes import identity_from, is_alive, is_local
 from launcher.run_folder import RunFolder, read_json_lines
 
@@ -47,15 +48,6 @@ class RunState:
             if shown:
                 lines.append(f"{title}: {shown}")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The rank that failed first in an attempt."""
-
-    rank: int | None
-    headline: str
-    text: str  # the traceback, or what else is known
 
 
 @dataclass(frozen=True)
@@ -142,95 +134,6 @@ def slurm_job_state(job_id: str) -> str | None:
     return result.stdout.strip()
 
 
-def is_alive_record(record: dict[str, Any]) -> bool:
-    """Tell whether the rank of a record still runs, by its guard where it has one."""
-    process = identity_from(record.get("guard") or record["process"])
-    return process is not None and is_alive(process)
-
-
-def describe_end(record: dict[str, Any]) -> str | None:
-    """Return one sentence on a rank that did not end well, None for 0, 85 and ranks still running."""
-    if "ended" not in record or record["exit_code"] in (0, EXIT_STOPPED):
-        return None
-    name = f"rank {record['rank']} (pid {record['pid']})"
-    if record.get("ended_because"):
-        return f"{name} was ended because {record['ended_because']}"
-    if record["signal"] is not None:
-        return f"{name} died: killed by {record['signal']}"
-    return f"{name} died: exit code {record['exit_code']}"
-
-
-def first_failure(run: RunFolder, attempt: int) -> Failure | None:
-    """Find the rank that failed first, None if none did.
-
-    A rank killed by a signal comes before any exception: the exceptions of its peers follow from its death, and not
-    the other way round. Ranks that a guard ended because of another one are never the first.
-    """
-    records = [record for record in run.rank_records(attempt) if describe_end(record) is not None]
-    own = [record for record in records if not record.get("ended_because")]
-    errors = sorted(run.rank_errors(attempt), key=lambda error: error["time"])
-    tracebacks = {error["rank"]: error["traceback"] for error in errors}
-    for record in sorted(own, key=lambda record: record["ended"]):
-        if record["signal"] is not None:
-            return _failure_of(run, attempt, record, tracebacks)
-    if errors:
-        first = errors[0]
-        headline = f"rank {first['rank']} (pid {first['pid']}) raised {first['type']}: {first['message']}"
-        return Failure(first["rank"], headline, first["traceback"])
-    for record in sorted(own or records, key=lambda record: record["ended"]):
-        return _failure_of(run, attempt, record, tracebacks)
-    return None
-
-
-def failure_text(run: RunFolder, attempt: int) -> str:
-    """Return what a person needs to read after a failure: the first failing rank, its traceback, its log."""
-    failure = first_failure(run, attempt)
-    if failure is not None:
-        return f"{failure.headline}\n{failure.text}".rstrip()
-    tail = _submitit_tail(run, attempt)
-    return f"no rank left a record of a failure; see {run.attempt_dir(attempt)}" + (f"\n{tail}" if tail else "")
-
-
-def close_attempt_if_over(attempt_dir: Path, world_size: int) -> None:
-    """Append a local attempt's end once every rank has ended; of the guards that see it, one writes."""
-    run, attempt = RunFolder(attempt_dir.parent.parent), int(attempt_dir.name.removeprefix("attempt_"))
-    records = run.rank_records(attempt)
-    if len(records) < world_size and not any(describe_end(record) for record in records):
-        return  # a rank that has not started yet will see the end itself
-    if any("ended" not in record and is_alive_record(record) for record in records):
-        return
-    try:
-        run.end_file(attempt).touch(exist_ok=False)
-    except FileExistsError:
-        return
-    codes = [record.get("exit_code") for record in records]
-    if all(code == 0 for code in codes):
-        cause, detail = "finished", ""
-    elif all(code == EXIT_STOPPED for code in codes):
-        cause, detail = "stopped", "stopped on request after a complete save"
-    else:
-        failure = first_failure(run, attempt)
-        cause, detail = "failed", "ranks ended differently" if failure is None else failure.headline
-    run.append_event(
-        "end",
-        attempt,
-        cause=cause,
-        detail=detail,
-        exit_codes=codes,
-        requeued=False,
-        checkpoint_step=run.checkpoint_step(),
-    )
-
-
-def close_lost_attempts(run: RunFolder, before: int) -> None:
-    """Append an end to earlier attempts that have none: a lost node or a kill -9 leaves nobody to write it."""
-    events = run.events()
-    ended = {event["attempt"] for event in events if event["event"] == "end"}
-    for attempt in sorted({event["attempt"] for event in events} - ended):
-        if attempt < before:
-            run.append_event("end", attempt, cause="failed", detail="ended without a record", requeued=False)
-
-
 def poll_interval_s(executor: str) -> float:
     """Return how often to ask for a run's state: Slurm's controller serves others too."""
     return 10.0 if executor == "slurm" else 0.3
@@ -242,28 +145,6 @@ def wait_for_end(run_dir: str | Path, timeout_s: float) -> RunState:
     while (now := judge(run)).state in ("pending", "running") and time.monotonic() < deadline:
         time.sleep(poll_interval_s(now.executor))
     return run_state(run_dir)
-
-
-def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks: dict[int, str]) -> Failure:
-    rank = record["rank"]
-    parts = [tracebacks.get(rank) or _tail(run.attempt_dir(attempt) / f"rank_{rank:04d}.log")]
-    if record["signal"] == "SIGKILL":
-        parts.append("nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9")
-    elif record["signal"] is None and not any(parts):
-        parts.append(_submitit_tail(run, attempt))  # it did not come as far as its own log
-    return Failure(rank, describe_end(record) or "", "\n".join(part for part in parts if part))
-
-
-def _submitit_tail(run: RunFolder, attempt: int) -> str:
-    files = [*sorted(run.submitit_dir(attempt).glob("*.err")), run.submitit_dir(attempt) / "controller.log"]
-    return "\n".join(text for file in files if (text := _tail(file)))
-
-
-def _tail(path: Path, num_lines: int = 20) -> str:
-    if not path.exists():
-        return ""
-    lines = path.read_text(errors="replace").splitlines()[-num_lines:]
-    return "\n".join([f"--- end of {path}", *lines]) if lines else ""
 
 
 def _short(value: object) -> str:

@@ -1,0 +1,82 @@
+"""Why an attempt ended: which rank failed first, with its traceback or signal."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.preemption import EXIT_STOPPED
+from launcher.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The rank that failed first in an attempt."""
+
+    rank: int | None
+    headline: str
+    text: str  # the traceback, or what else is known
+
+
+def describe_end(record: dict[str, Any]) -> str | None:
+    """Return one sentence on a rank that did not end well, None for 0, 85 and ranks still running."""
+    if "ended" not in record or record["exit_code"] in (0, EXIT_STOPPED):
+        return None
+    name = f"rank {record['rank']} (pid {record['pid']})"
+    if record.get("ended_because"):
+        return f"{name} was ended because {record['ended_because']}"
+    if record["signal"] is not None:
+        return f"{name} died: killed by {record['signal']}"
+    return f"{name} died: exit code {record['exit_code']}"
+
+
+def first_failure(run: RunFolder, attempt: int) -> Failure | None:
+    """Find the rank that failed first, None if none did.
+
+    A rank killed by a signal comes before any exception: the exceptions of its peers follow from its death, and not
+    the other way round. Ranks that a guard ended because of another one are never the first.
+    """
+    records = [record for record in run.rank_records(attempt) if describe_end(record) is not None]
+    own = [record for record in records if not record.get("ended_because")]
+    errors = sorted(run.rank_errors(attempt), key=lambda error: error["time"])
+    tracebacks = {error["rank"]: error["traceback"] for error in errors}
+    for record in sorted(own, key=lambda record: record["ended"]):
+        if record["signal"] is not None:
+            return _failure_of(run, attempt, record, tracebacks)
+    if errors:
+        first = errors[0]
+        headline = f"rank {first['rank']} (pid {first['pid']}) raised {first['type']}: {first['message']}"
+        return Failure(first["rank"], headline, first["traceback"])
+    for record in sorted(own or records, key=lambda record: record["ended"]):
+        return _failure_of(run, attempt, record, tracebacks)
+    return None
+
+
+def failure_text(run: RunFolder, attempt: int) -> str:
+    """Return what a person needs to read after a failure: the first failing rank, its traceback, its log."""
+    failure = first_failure(run, attempt)
+    if failure is not None:
+        return f"{failure.headline}\n{failure.text}".rstrip()
+    tail = _submitit_tail(run, attempt)
+    return f"no rank left a record of a failure; see {run.attempt_dir(attempt)}" + (f"\n{tail}" if tail else "")
+
+
+def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks: dict[int, str]) -> Failure:
+    rank = record["rank"]
+    parts = [tracebacks.get(rank) or _tail(run.attempt_dir(attempt) / f"rank_{rank:04d}.log")]
+    if record["signal"] == "SIGKILL":
+        parts.append("nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9")
+    elif record["signal"] is None and not any(parts):
+        parts.append(_submitit_tail(run, attempt))  # it did not come as far as its own log
+    return Failure(rank, describe_end(record) or "", "\n".join(part for part in parts if part))
+
+
+def _submitit_tail(run: RunFolder, attempt: int) -> str:
+    files = [*sorted(run.submitit_dir(attempt).glob("*.err")), run.submitit_dir(attempt) / "controller.log"]
+    return "\n".join(text for file in files if (text := _tail(file)))
+
+
+def _tail(path: Path, num_lines: int = 20) -> str:
+    if not path.exists():
+        return ""
+    lines = path.read_text(errors="replace").splitlines()[-num_lines:]
+    return "\n".join([f"--- end of {path}", *lines]) if lines else ""
