@@ -1,0 +1,31 @@
+"""The cluster of the Slurm tests: four toy nodes, up for the whole test session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, unavailable_reason
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker("slurm")
+
+
+@pytest.fixture(scope="session")
+def slurm_available() -> None:
+    """Skip a test that needs a cluster where none can run, and say why."""
+    reason = unavailable_reason()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_available: None) -> Iterator[Cluster]:
+    """Return a running cluster of four nodes; a test leaves its nodes idle."""
+    with Cluster() as running:
+        yield running
