@@ -6,7 +6,7 @@ Nothing here talks to other ranks; mvit/checkpoint_save.py says who writes what,
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -108,10 +108,13 @@ def build_manifest(
     }
 
 
-def publish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
+def publish(
+    part: Path, target: Path, manifest: Mapping[str, Any], check_owner: Callable[[], None] = lambda: None
+) -> None:
     """Give a complete folder its name; what had the name before is moved aside first.
 
     Raises CheckpointError if a rank's file is not there any more: another life of the job may have cleared it away.
+    `check_owner` raises if one has taken over; it is asked last, where nothing but a rename is left to do.
     """
     for entry in manifest["files"]:
         file = part / entry["file"]
@@ -125,6 +128,7 @@ def publish(part: Path, target: Path, manifest: Mapping[str, Any]) -> None:
     _fsync_dir(part)
     at_point("manifest synced")
     old = part.with_suffix(".old")
+    check_owner()
     if target.exists():  # a damaged one of the same step, or a step run again after a fall-back
         target.rename(old)
         at_point("old one moved aside")

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,13 +57,20 @@ class Outcome:
 class Saver:
     """Saves one checkpoint after the other; every method but `poll` and `close` is collective.
 
-    With `asynchronous` False every save is finished when `begin` returns, and needs no host memory.
+    With `asynchronous` False every save is finished when `begin` returns, and needs no host memory. `check_owner`
+    raises if a later life of the run has taken over; rank 0 asks it before it publishes or removes anything.
     """
 
     def __init__(
-        self, run_dir: Path, ranks: RankInfo, retention: Retention | None = None, *, asynchronous: bool = True
+        self,
+        run_dir: Path,
+        ranks: RankInfo,
+        retention: Retention | None = None,
+        *,
+        asynchronous: bool = True,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
-        self.run_dir, self._ranks = run_dir, ranks
+        self.run_dir, self._ranks, self._check_owner = run_dir, ranks, check_owner
         self._retention = retention or Retention()
         self._asynchronous = asynchronous
         self._group = background_group()
@@ -186,7 +193,8 @@ class Saver:
         if not failures and self._ranks.is_main:
             try:
                 shards, all_sums, _ = zip(*results, strict=True)
-                publish(part, job.target, build_manifest(job.step, job.contents, shards, all_sums))
+                manifest = build_manifest(job.step, job.contents, shards, all_sums)
+                publish(part, job.target, manifest, self._check_owner)
             except Exception as caught:
                 failures = [f"rank 0: {type(caught).__name__}: {caught}"]
         failures = broadcast_object(failures, self._group)
@@ -208,6 +216,7 @@ class Saver:
                 logger.error("the checkpoint of step %d is damaged on disk: %s", job.step, "; ".join(damage))
             else:  # one that nobody has read back does not replace the last one that was
                 retention, known = self._retention, self.damaged
+                self._check_owner()
                 prune_after_save(self.run_dir, job.step, retention, read_back=whole, damaged=known)
         return damage
 

@@ -1,6 +1,6 @@
 """Exact distributed evaluation: every sample counts once on any number of ranks, and that is proved by counting."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,18 @@ def run_evaluation(
     ranks: RankInfo,
     dtype: torch.dtype,
     progress: ProgressDisplay | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Evaluate and return the metric's figures (collective).
+    """Evaluate and return the metric's figures (collective); `beat` is called before every batch.
 
     Raises RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
     and within `data.max_bad_samples`; those are returned as `undecodable`.
     """
     metric = task.metric(ranks.device)
     seen = torch.zeros(num_samples, dtype=torch.int32)
+    beat()
     for index, batch in enumerate(loader, start=1):
+        beat()
         ids = batch.sample_ids[batch.weights > 0]
         seen += torch.bincount(ids, minlength=num_samples).int()
         batch = batch.to(ranks.device)

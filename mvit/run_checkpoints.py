@@ -13,6 +13,7 @@ from mvit.checkpoint_save import Contents, Outcome, SaveError, Saver
 from mvit.config import RunConfig
 from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger, together
 from mvit.engine import Engine
+from mvit.life import Life, Unattended
 from mvit.retention import Retention, clear_leftovers, scores_of
 
 
@@ -30,9 +31,11 @@ class Restored:
 class RunCheckpoints:
     """The checkpoints of one attempt; every method but `poll` and `close` is collective."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, life: Life | None = None) -> None:
         self._config, self._run_dir, self._ranks = config, run_dir, ranks
+        life = life or Unattended()
         if ranks.is_main:
+            life.check_owner()
             clear_leftovers(run_dir)
         self.last: Path | None = newest_valid_on_all_ranks(run_dir, ranks)
         """The newest valid checkpoint."""
@@ -43,7 +46,9 @@ class RunCheckpoints:
         together(lambda: self._read_best(reached), "reading the scores of older checkpoints", here=ranks.is_main)
         self._best = broadcast_object(self._best)
         retention = Retention(config.train.keep_last, config.train.keep_every, config.train.keep_best)
-        self._saver = Saver(run_dir, ranks, retention, asynchronous=config.train.async_save)
+        self._saver = Saver(
+            run_dir, ranks, retention, asynchronous=config.train.async_save, check_owner=life.check_owner
+        )
         self._saver.damaged = {step for step in list_steps(run_dir) if step > reached}
 
     def _read_best(self, reached: int) -> None:

@@ -21,6 +21,8 @@ from mvit.distributed import RankInfo, StopAgreement, logger, together
 from mvit.engine import Engine
 from mvit.evaluation import evaluation_loader, open_validation, run_evaluation
 from mvit.guard import FiniteGuard
+from mvit.life import Life, Unattended
+from mvit.life_log import LifeLog
 from mvit.metrics import RunLog, Speedometer, forward_flops, peak_flops, peak_memory_gib
 from mvit.optim import parameter_groups
 from mvit.run_checkpoints import RunCheckpoints
@@ -69,17 +71,20 @@ def train(
     stop_requested: Callable[[], bool] = _never,
     show_progress: bool = True,
     observer: Observer | None = None,
+    life: Life | None = None,
 ) -> TrainResult:
     """Train as `config` says, continuing from the run folder's newest valid checkpoint if there is one.
 
     Runs as one process, or as each rank of a launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT. `stop_requested` is asked at every step; if it is true on any rank, all ranks save and return.
+    MASTER_PORT. `stop_requested` is asked at every step; if it is true on any rank, all ranks save and return. `life`
+    is told that this rank is alive, and asked whether the run is still this one's.
     Raises ConfigError, ShardError, CheckpointError or ValueError before the first step for what cannot be run,
-    NonFiniteError when the loss or gradient norm stops being finite, SaveError when the last save fails.
+    NonFiniteError when the loss or gradient norm stops being finite, SaveError when the last save fails, Superseded
+    when a later life of the run has taken over.
     """
     ranks = distributed.start()
     distributed.configure_logging(ranks.rank)
-    run = _Run(config, Path(run_dir or config.run_dir), ranks, show_progress)
+    run = _Run(config, Path(run_dir or config.run_dir), ranks, show_progress, life or Unattended())
     try:
         result = run.loop(stop_requested, observer)
     except BaseException:
@@ -94,8 +99,10 @@ def train(
 class _Run:
     """Everything one attempt of a run needs; built in the order in which things can go wrong cheaply."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, show_progress: bool) -> None:
-        self.config, self.run_dir, self.ranks = config, run_dir, ranks
+    def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, show_progress: bool, life: Life) -> None:
+        self.config, self.run_dir, self.ranks, self.life = config, run_dir, ranks, life
+        life.beat(0, "start")
+        self.life_log = LifeLog(life, active=ranks.is_main)
         self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision = fp16 does not run on CPUs; use train.precision=bf16 or fp32")
@@ -114,13 +121,16 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        self.checkpoints = RunCheckpoints(config, run_dir, ranks)
+        self.checkpoints = RunCheckpoints(config, run_dir, ranks, life)
         self._build_engine()
         self.evaluation_loader = (
             None if self.validation is None else evaluation_loader(config, self.task, self.validation, ranks)
         )
         self.checkpoints.attach(self.engine, self.loader, self.shapes)
+        life.beat(0, "start")
+        began = time.perf_counter()
         restored = self.checkpoints.restore()
+        self.life_log.restored(restored.step, time.perf_counter() - began)
         self.first_step, self.logged_step = restored.step, restored.logged_step
         # of the steps after `logged_step`
         self.loss_sum = torch.tensor(restored.loss_sum, dtype=torch.float32, device=ranks.device)
@@ -179,6 +189,7 @@ class _Run:
         if self._evaluation_due(self.first_step) and not self._main_says(self.log.has_evaluation, self.first_step):
             self._evaluate(self.first_step)  # a stop came in its place
         batches = self.loader.start(self.first_step)
+        self.life_log.begin()
         if observer is not None:
             observer.started(self.first_step, self.engine)
         self.speed.skip()
@@ -190,6 +201,7 @@ class _Run:
             if observer is not None:
                 observer.updated(step, losses, grad_norm, lr, self.engine)
             self.speed.step()
+            self.life_log.stepped(step)
             self._log_saves(self.checkpoints.poll())
             last = step == self.total_steps
             stop = agreement.ask(stop_requested()) and not last
@@ -211,9 +223,13 @@ class _Run:
         self.engine.train()
         found = []
         for accumulation in range(self.batch.accumulation_steps):
+            self.life.beat(step, "data")
             asked = time.perf_counter()
             batch = next(batches)
-            self.speed.waited(time.perf_counter() - asked)
+            waited = time.perf_counter() - asked
+            self.speed.waited(waited)
+            self.life_log.waited(waited)
+            self.life.beat(step, "compute")
             self.guard.read_batch(step, batch.keys)
             if observer is not None:
                 observer.read(step, accumulation, batch)
@@ -273,6 +289,9 @@ class _Run:
 
     def _log(self, step: int, grad_norm: Tensor) -> None:
         """Report the steps since the last record (collective); the only place that waits for the device."""
+        self.life.beat(step, "log")
+        if self.ranks.is_main:
+            self.life.check_owner()
         self.guard.check(self.run_dir, self.checkpoints.last)
         rates = self.speed.read(self.config.train.global_batch_size)
         steps = step - self.logged_step
@@ -300,6 +319,7 @@ class _Run:
         if self.checkpoints.failed_saves:
             record["failed_saves"] = self.checkpoints.failed_saves
         self.log.train(step, record)
+        self.life_log.progress(step)
 
     def _evaluate(self, step: int, *, log: bool = True) -> dict[str, float]:
         """Evaluate the weights, and their moving average if there is one (collective)."""
@@ -308,7 +328,8 @@ class _Run:
         figures: dict[str, float] = {}
         self.engine.eval()
         for prefix in ("validation", "validation_ema") if self.engine.has_ema else ("validation",):
-            with self.engine.ema_weights() if prefix == "validation_ema" else nullcontext():
+            averaged = self.engine.ema_weights() if prefix == "validation_ema" else nullcontext()
+            with self.life_log.evaluating(), averaged:
                 found = run_evaluation(
                     self.task,
                     self.engine,
@@ -316,6 +337,7 @@ class _Run:
                     len(self.validation),
                     self.ranks,
                     self.engine.dtype,
+                    beat=lambda: self.life.beat(step, "evaluate"),
                 )
             if log:
                 self.log.validation(step, found, prefix)
@@ -325,24 +347,29 @@ class _Run:
 
     def _save(self, step: int, score: float | None, *, must_succeed: bool) -> None:
         """Begin a save (collective). One that fails is reported and the run goes on; the last one raises."""
-        self.guard.check(self.run_dir, self.checkpoints.last)
-        ended = self.checkpoints.save(
-            step,
-            logged_step=self.logged_step,
-            loss_sum=float(self.loss_sum),
-            score=score,
-            must_succeed=must_succeed,
-        )
+        self.life.beat(step, "save")
+        with self.life_log.saving():
+            self.guard.check(self.run_dir, self.checkpoints.last)
+            ended = self.checkpoints.save(
+                step,
+                logged_step=self.logged_step,
+                loss_sum=float(self.loss_sum),
+                score=score,
+                must_succeed=must_succeed,
+            )
         self._log_saves(ended)
+        self.life_log.progress(step, now=must_succeed)
         self.speed.skip()
 
     def _log_saves(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             if not outcome.error and not outcome.damage:
                 self.log.saved(outcome.step, outcome.seconds, outcome.stalled_s, outcome.num_bytes)
+                self.life_log.saved(outcome)
 
     def close(self) -> None:
         """Stop the workers and flush the log; waits for no other rank longer than a moment."""
+        self.life.beat(self.first_step, "end")
         self.loader.close()
         self.checkpoints.close()
         if self.evaluation_loader is not None:
