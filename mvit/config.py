@@ -41,7 +41,7 @@ class ModelConfig(Settings):
     relative_positions: bool = True
     residual_pooling: bool = True
     weights: str | None = None
-    """Start from these weights (any published naming); tables are resized to the input size."""
+    """Start from these weights, a file in any published naming or a run's folder; tables are resized to the input."""
     new_head: bool = False
     """With `weights` of another number of classes: start a fresh classifier instead of refusing them."""
     attention_form: AttentionForm = "auto"

@@ -112,13 +112,18 @@ def resolve_weights(source: str | Path | Mapping[str, Tensor], *, ema: bool = Fa
         return source
     path = Path(source)
     if path.is_dir():
-        folder = path if (path / "manifest.json").is_file() else newest_valid(path)
-        if folder is None:
-            raise CheckpointError(f"{path}: holds no checkpoint; name a run folder, a checkpoint or a weights file")
-
-        return dict(whole_weights(folder, ema=ema))
+        return dict(whole_weights(newest_checkpoint(path), ema=ema))
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder; name a run folder, a checkpoint or a weights file")
     if ema:
         raise CheckpointError(f"{path}: a weights file holds no moving average; leave the option out")
     return path
+
+
+def newest_checkpoint(folder: str | Path) -> Path:
+    """Return a run folder's newest valid checkpoint, a checkpoint folder itself; raises CheckpointError without one."""
+    path = Path(folder)
+    found = path if (path / "manifest.json").is_file() else newest_valid(path)
+    if found is None:
+        raise CheckpointError(f"{path}: holds no checkpoint; name a run folder, a checkpoint or a weights file")
+    return found

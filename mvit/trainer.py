@@ -28,6 +28,7 @@ from mvit.optim import parameter_groups
 from mvit.run_checkpoints import RunCheckpoints
 from mvit.run_identity import claim
 from mvit.schedule import learning_rate
+from mvit.starting_weights import starting_weights
 from mvit.tasks import create_task
 from mvit.tasks.base import Task
 
@@ -176,8 +177,9 @@ class _Run:
     def _load_weights(self, model: nn.Module) -> None:
         options = self.config.model
         assert options.weights is not None
-        report = self.task.load_weights(model, options.weights, new_head=options.new_head)
-        logger.info("starting from %s: %s", options.weights, report)
+        source, told = starting_weights(options.weights)
+        report = self.task.load_weights(model, source, new_head=options.new_head)
+        logger.info("starting from %s: %s", told, report)
 
     def loop(self, stop_requested: Callable[[], bool], observer: Observer | None) -> TrainResult:
         every = self.config.train

@@ -1,0 +1,68 @@
+"""A run starts from another run's weights: the averaged ones where there are such, and only where they fit."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mvit
+from mvit.checkpoint import CheckpointError, checkpoint_path, newest_valid
+from mvit.checkpoint_load import whole_weights
+from mvit.config import ConfigError, RunConfig
+from mvit.starting_weights import check_start, starting_weights
+from tests.mvit.test_training import tiny_config
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_run_starts_from_the_last_or_averaged_weights_of_another(
+    train: Callable[..., Any], digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, ema_decay: float | None
+) -> None:
+    train(stop_after=2, optim={"ema_decay": ema_decay})
+    first = tiny_config(digits, tmp_path).run_dir
+    folder = newest_valid(first)
+    assert folder is not None
+    expected = dict(whole_weights(folder, ema=bool(ema_decay)))
+    source, _ = starting_weights(first)
+    assert isinstance(source, dict)
+    assert all(torch.equal(source[name], expected[name]) for name in expected)
+
+    still = {"optim": {"lr": 1e-12}, "schedule": {"warmup_lr": 0.0, "end_lr": 0.0}}
+    second = tiny_config(digits, tmp_path, name="second", model={"weights": str(first)}, **still)
+    with caplog.at_level(logging.INFO, "mvit"):
+        mvit.train(second, stop_requested=lambda: True, show_progress=False)
+    words = "the averaged weights (EMA) of" if ema_decay else "the last weights (it has no average) of"
+    assert f"starting from {words} {folder}" in caplog.text
+    last = newest_valid(second.run_dir)
+    assert last is not None
+    trained = dict(whole_weights(last))  # it hardly learns: what it started from
+    assert all(torch.allclose(trained[name], expected[name], atol=1e-7) for name in expected)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        starting_weights(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        starting_weights(checkpoint_path(tmp_path, 10))
+
+
+def _config(**model: Any) -> RunConfig:
+    return RunConfig.model_validate({"name": model.pop("name", "fine"), "model": model})
+
+
+def test_other_classes_need_a_new_head() -> None:
+    before = _config(name="pre", num_classes=21841)
+    with pytest.raises(ConfigError, match=r"starts from pre, which has 21841 classes; set model\.new_head=true"):
+        check_start(before, _config(num_classes=1000))
+    check_start(before, _config(num_classes=1000, new_head=True))
+    check_start(before, _config(num_classes=21841))
+
+
+def test_another_network_is_refused_and_another_way_to_say_the_same_is_not() -> None:
+    before = _config(name="pre")
+    check_start(before, _config(expand="attention", class_token=False))  # the defaults of this variant
+    for other in ({"variant": "mvitv2_small"}, {"class_token": True}, {"relative_positions": False}):
+        with pytest.raises(ConfigError, match="its network cannot start from pre"):
+            check_start(before, _config(**other))
