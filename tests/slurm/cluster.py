@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from tests.slurm import accounting, nodes
+from tests.slurm import accounting, cgroups, nodes
 from tests.slurm.daemons import Daemons, clean_environment, free_port, program
 from tests.slurm.processes import descendants, environment_of
 from tests.slurm.settings import Settings, Site, gres_conf, slurm_conf
@@ -199,6 +199,7 @@ class Cluster:
         if database:
             accounting.start_database(self._daemons, site)
         (self.root / "slurm.conf").write_text(slurm_conf(self.settings, site, self.names))
+        (self.root / "cgroup.conf").write_text(cgroups.CONF)
         self._make_devices()
         if database:
             accounting.enrol(self.root, {**clean_environment(), **self.env}, ("root", "nobody"))
@@ -213,7 +214,8 @@ class Cluster:
         spool = self.root / "spool" / name
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir()
-        nodes.boot(self._daemons, self._network, self.names.index(name), name)
+        own_cgroup = self.settings.proctrack == "cgroup"
+        nodes.boot(self._daemons, self._network, self.names.index(name), name, own_cgroup)
 
     def _write_hosts(self, site: Site) -> None:
         known = [("127.0.0.1", "localhost"), (site.network.controller, site.host)]

@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.slurm import cgroups
 from tests.slurm.daemons import Daemons, program
 from tests.slurm.processes import children, executable_of, start_time
 
@@ -87,6 +88,7 @@ def create_network(root: Path) -> Network:
 
 
 def remove_network(network: Network) -> None:
+    cgroups.remove(network.tag)
     _ip("link", "del", network.bridge, check=False)
 
 
@@ -99,17 +101,19 @@ def sweep() -> None:
             continue
         if mark and start_time(int(mark[1])) != mark[2]:
             _ip("link", "del", alias.parent.name, check=False)
+            cgroups.remove(alias.parent.name.removeprefix("mvb"))
             if mark[3].startswith(ROOT_PREFIX):
                 shutil.rmtree(mark[3], ignore_errors=True)
 
 
-def boot(daemons: Daemons, network: Network, index: int, name: str) -> None:
+def boot(daemons: Daemons, network: Network, index: int, name: str, own_cgroup: bool = False) -> None:
     """Start a node: its namespaces, its cable to the bridge, and slurmd in it."""
     root, cable = daemons.root, network.cable(index)
     init = root / "run" / f"{name}.init"
-    init.write_text(
-        INIT.format(root=root, name=name, cable=f"{cable}p", address=network.address(index), slurmd=program("slurmd"))
+    script = INIT.format(
+        root=root, name=name, cable=f"{cable}p", address=network.address(index), slurmd=program("slurmd")
     )
+    init.write_text(cgroups.wrap(init, script, network.tag, name) if own_cgroup else script)
     pid = daemons.start(name, [program("unshare"), *NAMESPACES, "sh", str(init)])
     daemons.wait_until(name, lambda: children(pid))
     _ip("link", "del", cable, check=False)  # of a node that was unplugged when it lost its power
