@@ -1,7 +1,7 @@
 """Control groups for toy nodes: each sees a hierarchy of its own, so that slurmd's folders are not this machine's.
 
-Slurm 22.05 names its folders after the node, wherever cgroups are mounted: two clusters would share them, and they would
-stay behind. So a node starts in a folder made for it, takes a cgroup namespace there, and mounts what it then sees.
+Slurm 22.05 names its folders after the node, wherever cgroups are mounted: two clusters would share them, and they
+would stay behind. So a node starts in a folder made for it, takes a cgroup namespace there, and mounts what it sees.
 
 Version 1 only: slurmd refuses version 2 where both are mounted, as on the machines this was written on.
 """
