@@ -82,13 +82,18 @@ def run_evaluation(
 
 
 def evaluate(
-    config: RunConfig, weights: str | Path | Mapping[str, Tensor], *, ema: bool = False, show_progress: bool = True
+    config: RunConfig,
+    weights: str | Path | Mapping[str, Tensor],
+    *,
+    ema: bool = False,
+    show_progress: bool = True,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Evaluate weights on the validation shards and return top-1, top-5, loss, majority share and sample count.
 
     `weights` is a weights file in any published naming, a run folder (its newest valid checkpoint), one checkpoint
     folder, or a state dict; `ema` takes a checkpoint's moving average. Runs in this process, or on every rank under
-    a launcher. Raises ConfigError, CheckpointError or ValueError for what does not fit.
+    a launcher, which is told by `beat` before every batch that this one lives. Raises ConfigError, CheckpointError or ValueError for what does not fit.
     """
     ranks = distributed.start()
     distributed.configure_logging(ranks.rank)
@@ -103,7 +108,7 @@ def evaluate(
     shown = ProgressDisplay() if show_progress and ranks.is_main else None
     with autocast, shown or nullcontext():
         loader = evaluation_loader(config, task, shards, ranks)
-        return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown)
+        return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown, beat)
 
 
 def resolve_weights(source: str | Path | Mapping[str, Tensor], *, ema: bool = False) -> str | Path | Mapping[str, Any]:

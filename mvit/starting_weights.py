@@ -1,6 +1,7 @@
 """What a run starts from: a weights file, or another run's last weights, the averaged ones where it has them."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +13,37 @@ if TYPE_CHECKING:
 _SHAPING = ("class_token", "expand", "absolute_positions", "relative_positions", "residual_pooling")
 
 
+@dataclass(frozen=True)
+class TrainedWeights:
+    """The weights to take from a run."""
+
+    checkpoint: Path
+    step: int
+    averaged: bool
+    """Whether the moving average is there; then it is the one to take."""
+
+
 def starting_weights(source: str | Path) -> tuple[str | Path | Mapping[str, Any], str]:
     """Return what `load_weights` takes, and words for the log, for a weights file, a run or a checkpoint folder.
 
     A folder with a moving average gives that. Raises CheckpointError for what is none of the three.
     """
-    from mvit.checkpoint import read_manifest
-    from mvit.evaluation import newest_checkpoint, resolve_weights
+    from mvit.evaluation import resolve_weights
 
     if not Path(source).is_dir():
         return resolve_weights(source), str(source)
-    manifest = read_manifest(newest_checkpoint(source))
-    which = "averaged weights (EMA)" if manifest.has_ema else "last weights (it has no average)"
-    return resolve_weights(manifest.path, ema=manifest.has_ema), f"the {which} of {manifest.path}"
+    trained = trained_weights(source)
+    which = "averaged weights (EMA)" if trained.averaged else "last weights (it has no average)"
+    return resolve_weights(trained.checkpoint, ema=trained.averaged), f"the {which} of {trained.checkpoint}"
+
+
+def trained_weights(run_dir: str | Path) -> TrainedWeights:
+    """Return what a run has come to: its newest valid checkpoint; raises CheckpointError without one."""
+    from mvit.checkpoint import read_manifest
+    from mvit.evaluation import newest_checkpoint
+
+    manifest = read_manifest(newest_checkpoint(run_dir))
+    return TrainedWeights(manifest.path, manifest.step, manifest.has_ema)
 
 
 def check_start(before: RunConfig, config: RunConfig) -> None:
