@@ -93,7 +93,8 @@ def evaluate(
 
     `weights` is a weights file in any published naming, a run folder (its newest valid checkpoint), one checkpoint
     folder, or a state dict; `ema` takes a checkpoint's moving average. Runs in this process, or on every rank under
-    a launcher, which is told by `beat` before every batch that this one lives. Raises ConfigError, CheckpointError or ValueError for what does not fit.
+    a launcher, which is told by `beat` before every batch that this one lives. Raises ConfigError, CheckpointError or
+    ValueError for what does not fit.
     """
     ranks = distributed.start()
     distributed.configure_logging(ranks.rank)
