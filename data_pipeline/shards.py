@@ -169,6 +169,12 @@ def check_presence(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str
                 raise ShardError(f"{path} has {size} bytes, its manifest says {entry['bytes']}; copy or pack it again.")
 
 
+def first_shard(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str | None:
+    """Return the path of the first shard that `spec` names, None if it is remote; raises ShardError for none."""
+    first = os.fspath(spec) if isinstance(spec, str | os.PathLike) else os.fspath(spec[0])
+    return None if is_remote(first) else _resolve(first, None)[0][0]
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """Return the manifest of a packed folder, None if it has none. Raises ShardError if it cannot be read."""
     path = Path(folder) / MANIFEST
