@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from data_pipeline.settings import Settings
 
@@ -71,6 +71,16 @@ class ClusterConfig(Settings):
     """Whether the job goes back to the queue after a time limit, a preemption or a failure."""
     max_failures_without_progress: PositiveInt = 3
     """Failed lives in a row without a newer checkpoint after which the job is not requeued any more."""
+    max_node_faults: PositiveInt = 10
+    """Lives in a row without a newer checkpoint that may be lost with a node."""
+    exclude_after: NonNegativeInt = 2
+    """Blames after which a node is left out of later lives; 0 never leaves one out."""
+    exclude_hours: PositiveFloat = 24.0
+    """For how long, and how far back blames count."""
+    hang_timeout_s: PositiveInt | None = None
+    """Longest silence of a rank while it steps; none: max(2 x p99 of the step time, 120 s), the requeue included."""
+    start_timeout_s: PositiveInt = 1800
+    """Longest silence of a rank before its first step, in a save and at the end."""
     setup: tuple[str, ...] = ()
     """Shell commands of the batch script before the ranks start (`module load …`)."""
     env: dict[str, str] = Field(default_factory=dict)

@@ -1,5 +1,6 @@
 """What submitit is told: the ranks' command lines, sbatch parameters and the batch script around them."""
 
+import json
 import os
 import shlex
 import signal
@@ -7,11 +8,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from submitit import LocalExecutor, SlurmExecutor
 
 from launcher.cluster import ClusterConfig, Placement
+from launcher.policy import Budgets
 from launcher.run_folder import RunFolder
 
 _NO_LIMIT_MIN = 60 * 24 * 365  # submitit's local executor wants a number; its own default is two minutes
@@ -29,16 +32,24 @@ class _UncheckedSlurmExecutor(SlurmExecutor):
 
 
 def slurm_executor(
-    run: RunFolder, attempt: int, name: str, cluster: ClusterConfig, placement: Placement, *, render_only: bool = False
+    run: RunFolder,
+    attempt: int,
+    name: str,
+    cluster: ClusterConfig,
+    placement: Placement,
+    *,
+    dependency: str | None = None,
+    render_only: bool = False,
 ) -> SlurmExecutor:
-    """Build submitit's Slurm executor for one submission of a run.
+    """Build submitit's Slurm executor for one submission of a run; `dependency` is in sbatch's notation.
 
     Raises RuntimeError if Slurm is not installed here, unless the executor shall only render.
     """
     kind = _UncheckedSlurmExecutor if render_only else SlurmExecutor
-    # Until a rank has its handler, USR2 (at start-up, while torch is imported) would kill it: an ignored signal
-    # survives exec, a handler does not. `sh` since `env --ignore-signal` is missing before coreutils 8.31.
-    python = f"""sh -c 'trap "" USR2; exec "$@"' rank {shlex.quote(sys.executable)}"""
+    # Until the guard has blocked it, USR2 would kill the task: an ignored signal survives exec, a handler does not.
+    # `sh` since `env --ignore-signal` is missing before coreutils 8.31.
+    guarded = shlex.join([*_guard(run, attempt, cluster), sys.executable])
+    python = f"""sh -c 'trap "" USR2; exec "$@"' rank {guarded}"""
     executor = kind(run.submitit_dir(attempt), max_num_timeout=_NEVER_GIVE_UP, python=python)
     requeue = {"requeue": True} if cluster.requeue else {"no-requeue": True}
     given = {
@@ -62,15 +73,27 @@ def slurm_executor(
         setup=[*cluster.setup, *_exports(run, cluster)],
         teardown=_teardown(run, attempt, cluster),
         wckey=None,  # submitit's default would be "submitit"
-        additional_parameters=requeue | cluster.sbatch,
+        additional_parameters=requeue | cluster.sbatch | _waiting(cluster, dependency),
         **{key: value for key, value in given.items() if value is not None},
     )
     return executor
 
 
-def render_batch_script(run: RunFolder, name: str, cluster: ClusterConfig, placement: Placement) -> str:
+def _waiting(cluster: ClusterConfig, dependency: str | None) -> dict[str, str]:
+    """Return the sbatch parameters of a job that waits for another, beside what the cluster file lets it wait for."""
+    if dependency is None:
+        return {}
+    own = cluster.sbatch.get("dependency")
+    # Without the second, it would stay in the queue for ever when the other one fails.
+    return {"dependency": f"{own},{dependency}" if own else dependency, "kill-on-invalid-dep": "yes"}
+
+
+def render_batch_script(
+    run: RunFolder, name: str, cluster: ClusterConfig, placement: Placement, dependency: str | None = None
+) -> str:
     """Return the batch script that a submission would hand to sbatch; creates nothing, needs no Slurm."""
-    executor = slurm_executor(run, run.last_attempt() + 1, name, cluster, placement, render_only=True)
+    attempt = run.last_attempt() + 1
+    executor = slurm_executor(run, attempt, name, cluster, placement, dependency=dependency, render_only=True)
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
@@ -97,7 +120,12 @@ def local_command(run: RunFolder, attempt: int, cluster: ClusterConfig, placemen
     elif visible:  # submitit would number the devices from 0
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[: placement.gpus_per_node])
     settings = [f"{key}={value}" for key, value in variables.items()]
-    return ["env", *settings, sys.executable, "-m", "launcher.guard", str(run.attempt_dir(attempt))]
+    return ["env", *settings, *_guard(run, attempt, cluster)]
+
+
+def _guard(run: RunFolder, attempt: int, cluster: ClusterConfig) -> list[str]:
+    limits = [str(cluster.hang_timeout_s or 0), str(cluster.start_timeout_s)]
+    return [sys.executable, "-m", "launcher.guard", str(run.path), str(attempt), *limits]
 
 
 @contextmanager
@@ -131,6 +159,7 @@ def _exports(run: RunFolder, cluster: ClusterConfig) -> list[str]:
     """Return the lines that make every rank import the run's snapshot, and nothing from the working directory."""
     code = shlex.quote(str(run.code_dir))
     return [
+        "trap : TERM  # of a preemption: the ranks get it, too, and save; this script waits for them",
         *(f"export {key}={shlex.quote(value)}" for key, value in cluster.env.items()),
         f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "export PYTHONSAFEPATH=1",
@@ -146,13 +175,18 @@ def _teardown(run: RunFolder, attempt: int, cluster: ClusterConfig) -> list[str]
 
     A rank that calls `scontrol requeue` gets all ranks killed while they save.
     """
-    decide = shlex.join([sys.executable, "-m", "launcher.requeue", str(run.path), str(attempt)])
-    policy = f"{int(cluster.requeue)} {cluster.max_failures_without_progress}"
+    budgets = Budgets(
+        requeue=cluster.requeue,
+        max_crashes=cluster.max_failures_without_progress,
+        max_node_faults=cluster.max_node_faults,
+        exclude_after=cluster.exclude_after,
+        exclude_hours=cluster.exclude_hours,
+    )
+    policy = [str(run.path), str(attempt), json.dumps(asdict(budgets)), cluster.exclude or ""]
     return [
         "rc=$?  # of srun: the highest exit code of a rank, 128 + n for signal n",
-        f'if {decide} "$rc" {policy}; then',
-        '  scontrol requeue "$SLURM_JOB_ID" && sleep 300  # the requeue ends this script',
-        "fi",
+        "trap '' TERM  # the requeue ends this script, which then has a word to add",
+        f'{shlex.join([sys.executable, "-m", "launcher.requeue", *policy])} "$rc"',
         'exit "$rc"',
     ]
 

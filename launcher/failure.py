@@ -15,13 +15,15 @@ class Failure:
     rank: int | None
     headline: str
     text: str  # the traceback, or what else is known
+    time: float | None = None  # seconds since the epoch
+    is_signal: bool = False
 
 
 def describe_end(record: dict[str, Any]) -> str | None:
     """Return one sentence on a rank that did not end well, None for 0, 85 and ranks still running."""
     if "ended" not in record or record["exit_code"] in (0, EXIT_STOPPED):
         return None
-    name = f"rank {record['rank']} (pid {record['pid']})"
+    name = f"{_name(record['rank'], record.get('node'))} (pid {record['pid']})"
     if record.get("ended_because"):
         return f"{name} was ended because {record['ended_because']}"
     if record["signal"] is not None:
@@ -33,20 +35,23 @@ def first_failure(run: RunFolder, attempt: int) -> Failure | None:
     """Find the rank that failed first, None if none did.
 
     A rank killed by a signal comes before any exception: the exceptions of its peers follow from its death, and not
-    the other way round. Ranks that a guard ended because of another one are never the first.
+    the other way round. An abort is no such signal, libraries end a rank that way when a peer is gone. Ranks that a
+    guard ended because of another one are never the first.
     """
     records = [record for record in run.rank_records(attempt) if describe_end(record) is not None]
-    own = [record for record in records if not record.get("ended_because")]
+    own = sorted((r for r in records if not r.get("ended_because")), key=lambda record: record["ended"])
     errors = sorted(run.rank_errors(attempt), key=lambda error: error["time"])
     tracebacks = {error["rank"]: error["traceback"] for error in errors}
-    for record in sorted(own, key=lambda record: record["ended"]):
-        if record["signal"] is not None:
+    for record in own:
+        if record["signal"] not in (None, "SIGABRT"):
             return _failure_of(run, attempt, record, tracebacks)
-    if errors:
+    aborted = [record for record in own if record["signal"] == "SIGABRT"]
+    if errors and not (aborted and aborted[0]["ended"] < errors[0]["time"]):
         first = errors[0]
-        headline = f"rank {first['rank']} (pid {first['pid']}) raised {first['type']}: {first['message']}"
-        return Failure(first["rank"], headline, first["traceback"])
-    for record in sorted(own or records, key=lambda record: record["ended"]):
+        name = _name(first["rank"], first.get("node"))
+        headline = f"{name} (pid {first['pid']}) raised {first['type']}: {first['message']}"
+        return Failure(first["rank"], headline, first["traceback"], first["time"])
+    for record in aborted or own or sorted(records, key=lambda record: record["ended"]):
         return _failure_of(run, attempt, record, tracebacks)
     return None
 
@@ -67,7 +72,12 @@ def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks
         parts.append("nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9")
     elif record["signal"] is None and not any(parts):
         parts.append(_submitit_tail(run, attempt))  # it did not come as far as its own log
-    return Failure(rank, describe_end(record) or "", "\n".join(part for part in parts if part))
+    text = "\n".join(part for part in parts if part)
+    return Failure(rank, describe_end(record) or "", text, record["ended"], record["signal"] is not None)
+
+
+def _name(rank: int, node: str | None) -> str:
+    return f"rank {rank}" + (f" on {node}" if node else "")
 
 
 def _submitit_tail(run: RunFolder, attempt: int) -> str:

@@ -1,8 +1,9 @@
-"""The parent of one local rank: knows how it ended, ends the job when any rank dies, leaves no process behind.
+"""The parent of one rank: knows how it ended, ends the job when any rank dies or hangs, leaves no process behind.
 
-submitit's local executor neither looks at exit codes nor ends the other ranks, and its tasks outlive it. So each task
-is this small process (no torch, no lock that training could hold), which starts the rank and then watches the rank,
-the guards of the other ranks and submitit's controller. Linux only: it uses /proc, prctl and sigtimedwait.
+Neither of submitit's executors does that. Locally nobody looks at exit codes and tasks outlive their controller; under
+Slurm a rank that was killed leaves no word, and one that hangs takes the allocation with it. So each task is this small
+process (no torch, no lock that training could hold), which starts the rank and then watches the rank, the marks that
+other guards and later lives leave in the run folder, and its own parent. Linux only: /proc, prctl, sigtimedwait.
 """
 
 import ctypes
@@ -16,14 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.claims import owner_of
 from launcher.failure import describe_end
+from launcher.heartbeat import HEARTBEAT_FD, Heartbeat
 from launcher.lives import close_attempt_if_over, is_alive_record
-from launcher.preemption import EXIT_STOPPED, STOP_SIGNALS
-from launcher.processes import identify
-from launcher.run_folder import rank_file, read_records, write_json
+from launcher.preemption import EXIT_FENCED, EXIT_HUNG, STOP_SIGNALS
+from launcher.processes import describe_state, identify, node_name
+from launcher.run_folder import RunFolder, rank_file, read_records, write_first, write_json
+from launcher.stacks import STACKS_FD, dump_stacks
+from launcher.watchdog import Stall, Watchdog
 
 POLL_S = 0.25
 GRACE_S = 1.5  # for a rank to write its own traceback after a peer has failed
+_RANKS_PER_LOOK_PER_S = 100  # of all guards together at the run folder: a shared file system serves others too
 _WATCHED = {signal.SIGCHLD, *STOP_SIGNALS}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,80 +39,175 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Guard:
     """One rank's guard: where its attempt keeps records, and whom it watches."""
 
-    attempt_dir: Path
+    run: RunFolder
+    attempt: int
     rank: int
     world_size: int
-    controller_pid: int
+    parent_pid: int  # submitit's controller, or Slurm's step daemon
+    is_local: bool
+    hang_timeout_s: float | None = None
+    start_timeout_s: float = 1800.0
 
-    def run(self, command: Sequence[str]) -> int:
+    @property
+    def attempt_dir(self) -> Path:
+        return self.run.attempt_dir(self.attempt)
+
+    @property
+    def look_s(self) -> float:
+        """How often this guard looks into the run folder."""
+        return max(2 * POLL_S, self.world_size / _RANKS_PER_LOOK_PER_S)
+
+    def guard(self, command: Sequence[str]) -> int:
         """Start the rank, watch until it has ended, record how, and return its exit code (128 + signal)."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)  # collected by sigtimedwait below: no handlers, no races
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # whatever the rank leaves behind becomes our child
-        child = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_rank)
-        record = self._record(child.pid)
-        self._write(record)
-        ended_because = self._watch(child.pid)
+        heartbeat, stacks = Heartbeat.create(), os.memfd_create("mvit-stacks", 0)
+        child = subprocess.Popen(
+            command,
+            start_new_session=True,
+            preexec_fn=_prepare_rank,
+            pass_fds=(heartbeat, stacks),
+            env=os.environ | {HEARTBEAT_FD: str(heartbeat), STACKS_FD: str(stacks)},
+        )
+        watch = _Watch(self, child.pid, Heartbeat(heartbeat), stacks)
+        watch.until_end()
         _kill_descendants(keep=child.pid)  # data workers first; the dead rank keeps its pid until it is reaped
         code = child.wait()
-        record |= {
+        watch.record_end(code)
+        if watch.exit_code is not None:
+            return watch.exit_code
+        return code if code >= 0 else 128 - code
+
+
+class _Watch:
+    """A rank being watched: what is known of it, why it is being ended, and its record."""
+
+    def __init__(self, guard: Guard, pid: int, heartbeat: Heartbeat, stacks: int) -> None:
+        self._guard, self._pid, self._heartbeat, self._stacks = guard, pid, heartbeat, stacks
+        self._watchdog = Watchdog(guard.hang_timeout_s, guard.start_timeout_s)
+        self._started = time.time()
+        self._reason: str | None = None
+        self._deadline = float("inf")  # when the rank is killed
+        self._next_look = time.monotonic()
+        self.exit_code: int | None = None
+        """What the guard exits with instead of the rank's code."""
+        own, process = identify(os.getpid()), identify(pid)
+        assert own is not None
+        self._record: dict[str, Any] = {
+            "rank": guard.rank,
+            "world_size": guard.world_size,
+            "node": node_name(),
+            "pid": pid,
+            "process": None if process is None else process.to_dict(),
+            "guard": own.to_dict(),
+            "started": self._started,
+            "signals": [],
+        }
+        self._write()
+
+    def until_end(self) -> None:
+        """Watch until the rank has ended, and end it where there is a reason to."""
+        while os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            received = signal.sigtimedwait(_WATCHED, POLL_S)
+            if received is not None and received.si_signo != signal.SIGCHLD:
+                self._forward(received.si_signo)
+            now = time.monotonic()
+            if os.getppid() != self._guard.parent_pid:
+                who = "submitit's controller" if self._guard.is_local else "Slurm's step daemon"
+                self._end_because(f"{who} (pid {self._guard.parent_pid}) is gone", 0.0)
+            elif now >= self._next_look:
+                self._next_look = now + self._guard.look_s
+                self._look()
+            if now > self._deadline:
+                os.kill(self._pid, signal.SIGKILL)
+
+    def record_end(self, code: int) -> None:
+        """Write how the rank ended, and tell the other guards if it ended badly by itself."""
+        self._record |= {
             "ended": time.time(),
             "exit_code": code if code >= 0 else None,
             "signal": signal.Signals(-code).name if code < 0 else None,
-            "ended_because": ended_because,
-        }
-        self._write(record)
-        if (headline := describe_end(record)) is not None:
-            print(headline, file=sys.stderr, flush=True)
-        return code if code >= 0 else 128 - code
+            "ended_because": self._reason,
+        } | self._last_beat()
+        self._write()
+        if (headline := describe_end(self._record)) is None:
+            return
+        print(headline, file=sys.stderr, flush=True)
+        if self._reason is None and code != EXIT_FENCED:
+            write_first(self._guard.attempt_dir / "failed.json", {"rank": self._guard.rank, "time": time.time()})
 
-    def _watch(self, pid: int) -> str | None:
-        """Wait for the rank's end; return why this guard ended it, None if it ended by itself."""
-        deadline, reason = None, None
-        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            received = signal.sigtimedwait(_WATCHED, POLL_S)
-            if received is not None and received.si_signo != signal.SIGCHLD:
-                os.kill(pid, received.si_signo)
-            if os.getppid() != self.controller_pid:
-                reason = f"submitit's controller (pid {self.controller_pid}) is gone"
-                os.kill(pid, signal.SIGKILL)
-            elif deadline is None:
-                reason = self._failed_peer()
-                deadline = None if reason is None else time.monotonic() + GRACE_S
-            elif time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-        return reason
+    def _forward(self, signum: int) -> None:
+        os.kill(self._pid, signum)
+        self._record["signals"] = [*self._record["signals"], {"name": signal.Signals(signum).name, "time": time.time()}]
+        self._write()  # at once: SIGKILL may be next
+
+    def _look(self) -> None:
+        """Look for a reason to end the rank: a later life, a failed or hung peer, its own silence."""
+        if (owner := owner_of(self._guard.run.path)) > self._guard.attempt:
+            self.exit_code = EXIT_FENCED
+            self._end_because(f"life {owner} of the run has taken over", 0.0)
+        if self._reason is not None:
+            return
+        if peer := self._failed_peer():
+            self._end_because(peer, GRACE_S)
+            return
+        stall = self._watchdog.look(self._heartbeat.read(), self._started, time.time())
+        if stall is not None:
+            write_first(self._hang_file, self._hang(stall))
+        if self._hang_file.exists():
+            self._dump(stall)
+
+    @property
+    def _hang_file(self) -> Path:
+        return self._guard.attempt_dir / "hang.json"
+
+    def _hang(self, stall: Stall) -> dict[str, Any]:
+        return {
+            "rank": self._guard.rank,
+            "node": node_name(),
+            "step": stall.step,
+            "phase": stall.phase,
+            "age_s": round(stall.age_s, 1),
+            "limit_s": stall.limit_s,
+            "time": time.time(),
+        }
+
+    def _dump(self, stall: Stall | None) -> None:
+        """Dump this rank's stacks, since some rank hangs, and end it when all others had time to do the same."""
+        self._record |= {"hung": stall is not None, "state": describe_state(self._pid)} | self._last_beat()
+        dump_stacks(self._pid, self._stacks, rank_file(self._guard.attempt_dir, self._guard.rank, ".stacks.txt"))
+        self._write()
+        self.exit_code = EXIT_HUNG
+        self._end_because("a rank hangs (hang.json)", 2 * self._guard.look_s + 1)
+
+    def _end_because(self, reason: str, grace_s: float) -> None:
+        if self._reason is None:
+            self._reason, self._deadline = reason, time.monotonic() + grace_s
 
     def _failed_peer(self) -> str | None:
-        for record in read_records(self.attempt_dir, "rank_[0-9]*[0-9].json"):
-            if record["rank"] == self.rank:
-                continue
-            if "ended" in record:
-                if record["exit_code"] not in (0, EXIT_STOPPED):
-                    return f"rank {record['rank']} failed"
-            elif not is_alive_record(record):
-                return f"the guard of rank {record['rank']} is gone"
+        if (mark := self._guard.attempt_dir / "failed.json").exists():
+            failed = read_records(mark.parent, mark.name)
+            return f"rank {failed[0]['rank']} failed" if failed else None
+        if self._guard.is_local:  # a guard that was killed leaves no mark; under Slurm srun sees it
+            for record in read_records(self._guard.attempt_dir, "rank_[0-9]*[0-9].json"):
+                if record["rank"] != self._guard.rank and "ended" not in record and not is_alive_record(record):
+                    return f"the guard of rank {record['rank']} is gone"
         return None
 
-    def _record(self, pid: int) -> dict[str, Any]:
-        guard = identify(os.getpid())
-        assert guard is not None
-        process = identify(pid)
-        return {
-            "rank": self.rank,
-            "world_size": self.world_size,
-            "pid": pid,
-            "process": None if process is None else process.to_dict(),
-            "guard": guard.to_dict(),
-            "started": time.time(),
-        }
+    def _last_beat(self) -> dict[str, Any]:
+        beat = self._heartbeat.read()
+        if beat is None:
+            return {"last_step": None, "last_phase": None, "last_beat": None}
+        return {"last_step": beat.step, "last_phase": beat.phase, "last_beat": beat.time}
 
-    def _write(self, record: dict[str, Any]) -> None:
-        write_json(rank_file(self.attempt_dir, self.rank, ".json"), record)
+    def _write(self) -> None:
+        write_json(rank_file(self._guard.attempt_dir, self._guard.rank, ".json"), self._record)
 
 
 def _prepare_rank() -> None:
-    """Run between fork and exec in the rank: it dies with its guard, and ignores USR2 until it has a handler."""
+    """Run between fork and exec in the rank: it dies with its guard, and ignores signals until it has handlers."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for the stacks, later
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
 
@@ -127,16 +228,27 @@ def _kill_descendants(keep: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `ATTEMPT_DIR COMMAND…` as the rank that submitit's environment names."""
-    attempt_dir = Path(arguments[0])
+    """Run `RUN_DIR FIRST_ATTEMPT HANG_TIMEOUT_S START_TIMEOUT_S COMMAND…` as the rank the environment names.
+
+    A hang timeout of 0 is derived from the step time.
+    """
+    run, first_attempt, hang_s, start_s = RunFolder(Path(arguments[0])), *map(int, arguments[1:4])
+    is_local = "SUBMITIT_LOCAL_GLOBALID" in os.environ
+    prefix = "SUBMITIT_LOCAL_GLOBALID SUBMITIT_LOCAL_NTASKS" if is_local else "SLURM_PROCID SLURM_NTASKS"
+    rank, world_size = (int(os.environ[name]) for name in prefix.split())
     guard = Guard(
-        attempt_dir=attempt_dir,
-        rank=int(os.environ["SUBMITIT_LOCAL_GLOBALID"]),
-        world_size=int(os.environ["SUBMITIT_LOCAL_NTASKS"]),
-        controller_pid=int(os.environ["SUBMITIT_LOCAL_JOB_ID"]),
+        run,
+        first_attempt + (0 if is_local else int(os.environ.get("SLURM_RESTART_COUNT") or 0)),
+        rank,
+        world_size,
+        int(os.environ["SUBMITIT_LOCAL_JOB_ID"]) if is_local else os.getppid(),
+        is_local,
+        hang_s or None,
+        start_s,
     )
-    code = guard.run(arguments[1:])
-    close_attempt_if_over(attempt_dir, guard.world_size)
+    code = guard.guard(arguments[4:])
+    if is_local:
+        close_attempt_if_over(guard.run, guard.attempt, world_size)
     return code
 
 

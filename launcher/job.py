@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from launcher.lives import close_lost_attempts
-from launcher.preemption import EXIT_FAILED, EXIT_STOPPED, StopRequest
-from launcher.processes import identify
+from launcher.claims import claim_life, owner_of
+from launcher.ending import Ending
+from launcher.evaluation_job import evaluates, run_evaluation
+from launcher.faults import observer_from_environment
+from launcher.life import RunLife
+from launcher.lives import close_lost_attempts, record_end
+from launcher.preemption import EXIT_FAILED, EXIT_FENCED, EXIT_STOPPED, StopRequest
+from launcher.processes import identify, node_name
 from launcher.run_folder import RunFolder, rank_file, write_json
 from launcher.snapshot import verify_snapshot
+from launcher.stacks import register_dump
 
 if TYPE_CHECKING:
     from mvit.config import RunConfig
@@ -56,12 +62,13 @@ class TrainJob:
     cpus_per_rank: int | None
 
     def __call__(self) -> dict[str, object]:
-        """Train, and end the process by the project's exit codes: 0, 85 stopped, 86 failed.
+        """Train, and end the process by the project's exit codes: 0, 85 stopped, 86 failed, 87 superseded.
 
         Returns step and metrics of a finished run (submitit pickles them; nothing here reads them back).
         """
         stop = StopRequest()
         stop.install()  # first: until now the signals were ignored
+        register_dump()
         import submitit
 
         environment = submitit.JobEnvironment()
@@ -76,8 +83,6 @@ class TrainJob:
         )
         attempt_dir = run.attempt_dir(attempt)
         _redirect_output(rank_file(attempt_dir, place.rank, ".log"))
-        if is_slurm:  # a local rank's record is kept by its guard
-            _write_record(attempt_dir, place, exit_code=None)
         if run.stop_file(attempt).exists():
             stop.request("mvit stop")
         try:
@@ -91,17 +96,16 @@ class TrainJob:
                 address = _agree_on_address(attempt_dir, place.rank)
             _export(place, address, self.cpus_per_rank)
             if place.rank == 0:
+                claim_life(run.path, attempt)
                 close_lost_attempts(run, before=attempt)
                 _record_start(run, attempt, place, environment.cluster, environment.job_id, environment.hostnames)
-            result = _train(run, stop, is_chief=place.rank == 0)
+            result = _train(run, attempt, stop, place.rank)
         except BaseException as error:  # leave a trace, then no atexit: NCCL or a data worker may hang there
+            if owner_of(run.path) > attempt:  # whatever it is, it is of no interest any more
+                print(f"superseded by life {owner_of(run.path)}: {error}", file=sys.stderr, flush=True)
+                _leave_now(EXIT_FENCED)
             record_error(attempt_dir, place.rank, error)
-            if is_slurm:
-                _write_record(attempt_dir, place, exit_code=EXIT_FAILED)
             _leave_now(EXIT_FAILED)
-        code = EXIT_STOPPED if result.stopped else 0
-        if is_slurm:
-            _write_record(attempt_dir, place, exit_code=code)
         if result.stopped:
             print(f"stopped at step {result.step} of {result.total_steps} on request ({stop.cause})", flush=True)
             sys.exit(EXIT_STOPPED)  # SystemExit: submitit writes no result for it
@@ -122,26 +126,32 @@ def train_inline(config: "RunConfig", run: RunFolder) -> int:
     attempt = run.last_attempt() + 1
     if rank == 0:
         place = RankPlace(0, int(os.environ.get("WORLD_SIZE", "1")), 0, 1)
+        claim_life(run.path, attempt)
         close_lost_attempts(run, before=attempt)
         process = identify(os.getpid())
         assert process is not None
         job = {"process": process.to_dict()}
         _record_start(run, attempt, place, "inline", str(os.getpid()), [socket.gethostname()], job)
     try:
-        result = mvit.train(config, run_dir=run.path, stop_requested=stop)
+        observer = observer_from_environment(run.path, rank)
+        result = mvit.train(
+            config, run_dir=run.path, stop_requested=stop, observer=observer, life=RunLife(run, attempt)
+        )
         _leave_group()
     except BaseException as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             _leave_group()  # nobody else can be waiting
         if rank == 0:
             record_error(run.attempt_dir(attempt), rank, error, print_it=False)
-            detail = f"{type(error).__name__}: {error}"
-            run.append_event("end", attempt, cause="failed", detail=detail, requeued=False)
+            ending = Ending("error", f"{type(error).__name__}: {error}", rank, node_name())
+            record_end(run, attempt, ending, requeued=False, reason="a run of `mvit train` is not restarted by itself")
         raise
     if rank == 0:
-        cause = "stopped" if result.stopped else "finished"
-        detail = f"on request ({stop.cause})" if result.stopped else ""
-        run.append_event("end", attempt, cause=cause, detail=detail, step=result.step, requeued=False)
+        if result.stopped:
+            ending = Ending("user_stop", f"on request ({stop.cause}), everything saved", step=result.step)
+        else:
+            ending = Ending("finished", "the run is complete", step=result.step)
+        record_end(run, attempt, ending, requeued=False, reason="")
     return EXIT_STOPPED if result.stopped else 0
 
 
@@ -168,6 +178,7 @@ def record_error(attempt_dir: Path, rank: int, error: BaseException, print_it: b
             "rank": rank,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "node": node_name(),
             "time": time.time(),
             "type": type(error).__name__,
             "message": str(error),
@@ -178,11 +189,23 @@ def record_error(attempt_dir: Path, rank: int, error: BaseException, print_it: b
         print(text, file=sys.stderr, flush=True)
 
 
-def _train(run: RunFolder, stop: StopRequest, is_chief: bool) -> "TrainResult":
+def _train(run: RunFolder, attempt: int, stop: StopRequest, rank: int) -> "TrainResult":
     import mvit
 
-    config = mvit.load_config(run.config_file)
-    result = mvit.train(config, run_dir=run.path, stop_requested=stop, show_progress=is_chief)
+    life = RunLife(run, attempt)
+    life.beat(0, "start")
+    if evaluates(run):
+        result = run_evaluation(run, life, rank)
+    else:
+        result = mvit.train(
+            mvit.load_config(run.config_file),
+            run_dir=run.path,
+            stop_requested=stop,
+            show_progress=rank == 0,
+            observer=observer_from_environment(run.path, rank),
+            life=life,
+        )
+    life.beat(result.step, "end")
     _leave_group()
     return result
 
@@ -252,24 +275,16 @@ def _record_start(
         job_id=job_id,
         world_size=place.world_size,
         hosts=list(hosts),
+        gpus=_num_gpus() * place.world_size,
         checkpoint_step=run.checkpoint_step(),
         **(job or {}),
     )
 
 
-def _write_record(attempt_dir: Path, place: RankPlace, exit_code: int | None) -> None:
-    process = identify(os.getpid())
-    assert process is not None
-    record: dict[str, object] = {
-        "rank": place.rank,
-        "world_size": place.world_size,
-        "pid": os.getpid(),
-        "process": process.to_dict(),
-        "written": time.time(),
-    }
-    if exit_code is not None:
-        record |= {"ended": time.time(), "exit_code": exit_code, "signal": None}
-    write_json(rank_file(attempt_dir, place.rank, ".json"), record)
+def _num_gpus() -> int:
+    """Return 1 if this rank drives a GPU; torch need not be loaded to know."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return int(visible != "" and any(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _leave_now(code: int) -> NoReturn:

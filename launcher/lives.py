@@ -1,9 +1,9 @@
 """Closing lives: the end of an attempt on record, whoever is left to write it."""
 
-from pathlib import Path
 from typing import Any
 
-from launcher.failure import describe_end, first_failure
+from launcher.ending import Ending, classify
+from launcher.failure import describe_end
 from launcher.preemption import EXIT_STOPPED
 from launcher.processes import identity_from, is_alive
 from launcher.run_folder import RunFolder
@@ -15,9 +15,23 @@ def is_alive_record(record: dict[str, Any]) -> bool:
     return process is not None and is_alive(process)
 
 
-def close_attempt_if_over(attempt_dir: Path, world_size: int) -> None:
+def record_end(
+    run: RunFolder, attempt: int, ending: Ending, *, requeued: bool, reason: str, exit_code: int | None = None
+) -> None:
+    """Append the end of a life to the ledger."""
+    run.append_event(
+        "end",
+        attempt,
+        **ending.facts(),
+        reason=reason,
+        exit_code=exit_code,
+        requeued=requeued,
+        checkpoint_step=run.checkpoint_step(),
+    )
+
+
+def close_attempt_if_over(run: RunFolder, attempt: int, world_size: int) -> None:
     """Append a local attempt's end once every rank has ended; of the guards that see it, one writes."""
-    run, attempt = RunFolder(attempt_dir.parent.parent), int(attempt_dir.name.removeprefix("attempt_"))
     records = run.rank_records(attempt)
     if len(records) < world_size and not any(describe_end(record) for record in records):
         return  # a rank that has not started yet will see the end itself
@@ -28,28 +42,15 @@ def close_attempt_if_over(attempt_dir: Path, world_size: int) -> None:
     except FileExistsError:
         return
     codes = [record.get("exit_code") for record in records]
-    if all(code == 0 for code in codes):
-        cause, detail = "finished", ""
-    elif all(code == EXIT_STOPPED for code in codes):
-        cause, detail = "stopped", "stopped on request after a complete save"
-    else:
-        failure = first_failure(run, attempt)
-        cause, detail = "failed", "ranks ended differently" if failure is None else failure.headline
-    run.append_event(
-        "end",
-        attempt,
-        cause=cause,
-        detail=detail,
-        exit_codes=codes,
-        requeued=False,
-        checkpoint_step=run.checkpoint_step(),
-    )
+    whole = next((code for code in (0, EXIT_STOPPED) if all(one == code for one in codes)), None)
+    ending = classify(run, attempt, 1 if whole is None else whole)
+    record_end(run, attempt, ending, requeued=False, reason="a local job is not restarted by itself", exit_code=whole)
 
 
 def close_lost_attempts(run: RunFolder, before: int) -> None:
-    """Append an end to earlier attempts that have none: a lost node or a kill -9 leaves nobody to write it."""
+    """Append an end to earlier attempts that have none: a lost node or a requeue by Slurm leaves nobody to write it."""
     events = run.events()
     ended = {event["attempt"] for event in events if event["event"] == "end"}
     for attempt in sorted({event["attempt"] for event in events} - ended):
         if attempt < before:
-            run.append_event("end", attempt, cause="failed", detail="ended without a record", requeued=False)
+            record_end(run, attempt, classify(run, attempt, None), requeued=False, reason="Slurm started the next life")

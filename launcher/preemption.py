@@ -6,6 +6,8 @@ from types import FrameType
 
 EXIT_STOPPED = 85  # stopped on request after a complete save: start me again
 EXIT_FAILED = 86  # an exception; the checkpoints on disk are good
+EXIT_FENCED = 87  # a later life of the run has taken over
+EXIT_HUNG = 88  # ended by the watchdog
 # Slurm's warning; the end of a grace time or a container's stop; a terminal that was closed
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 

@@ -38,6 +38,22 @@ def identity_from(record: dict[str, object] | None) -> ProcessIdentity | None:
     return ProcessIdentity(pid, start_ticks, str(record["boot_id"]), str(record["host"]))
 
 
+def node_name() -> str:
+    """Return this machine's name, as Slurm calls it inside one of its jobs."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def describe_state(pid: int) -> str:
+    """Say what the kernel says a process is doing: running, sleeping, stopped, waiting for a device …"""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        where = Path(f"/proc/{pid}/wchan").read_text().strip("0")
+    except OSError:
+        return "gone"
+    words = {"R": "running", "S": "sleeping", "D": "waiting for a device or file system", "T": "stopped by a signal"}
+    return words.get(state, state) + (f" in {where}" if where else "")
+
+
 def is_local(process: ProcessIdentity) -> bool:
     """Tell whether the process belongs to this boot of this machine; of others nothing is known here."""
     return process.boot_id == _boot_id() and process.host == socket.gethostname()

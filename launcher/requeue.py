@@ -1,125 +1,94 @@
-"""What the batch script does when its ranks have ended: requeue the job or let it end, by exit code and progress."""
+"""The end of the batch script: put the life's end on the ledger, and send the job back to the queue or let it end."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launcher.failure import first_failure
-from launcher.preemption import EXIT_STOPPED
+from launcher.ending import Ending, classify
+from launcher.lives import record_end
+from launcher.policy import Budgets, Decision, decide, excluded
 from launcher.run_folder import RunFolder
+from launcher.slurm import read_slurm
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a batch job after one life, and why."""
+def after_life(run: RunFolder, attempt: int, exit_code: int, budgets: Budgets) -> tuple[Ending, Decision]:
+    """Close an attempt in the batch script: classify its end, decide, and append both to attempts.jsonl."""
+    ending, step_now = classify(run, attempt, exit_code), run.checkpoint_step()
+    decision = decide(ending, run.events(), step_now, budgets)
+    record_end(run, attempt, ending, requeued=decision.requeue, reason=decision.reason, exit_code=exit_code)
+    return ending, decision
 
-    requeue: bool
-    cause: str  # finished | stopped | failed
-    reason: str
 
+def requeue(run: RunFolder, attempt: int, job_id: str, budgets: Budgets, own_exclude: str) -> str | None:
+    """Send the job back to the queue, without the nodes blamed too often; returns what went wrong, if anything.
 
-def decide(
-    exit_code: int,
-    *,
-    user_stop: bool,
-    may_requeue: bool,
-    failures_without_progress: int,
-    max_failures_without_progress: int,
-) -> Decision:
-    """Decide after a life of a batch job that ended with `exit_code` (the highest of its ranks).
-
-    `failures_without_progress` counts the failed lives in a row that left no newer checkpoint, this one included.
-    Stops on request are not counted: preemptions are free.
+    A running job's nodes cannot be changed, a requeued one's can, and the requeue ends this script: so the script
+    ignores SIGTERM and has until Slurm's KillWait to say which nodes to leave out.
     """
-    if exit_code == 0:
-        return Decision(False, "finished", "the run is complete")
-    if exit_code == EXIT_STOPPED:
-        if user_stop:
-            return Decision(False, "stopped", "stopped by `mvit stop` after a complete save")
-        return Decision(may_requeue, "stopped", "stopped on request after a complete save")
-    if not may_requeue:
-        return Decision(False, "failed", f"exit code {exit_code}; the cluster file says requeue: false")
-    if failures_without_progress >= max_failures_without_progress:
-        return Decision(
-            False,
-            "failed",
-            f"exit code {exit_code}; {failures_without_progress} failed lives in a row without a newer checkpoint "
-            f"(max_failures_without_progress={max_failures_without_progress})",
-        )
-    return Decision(True, "failed", f"exit code {exit_code}; trying again from the newest checkpoint")
+    error = _scontrol("requeue", job_id)
+    if error is not None:
+        return error
+    nodes = _affordable(excluded(run.events(), time.time(), budgets))
+    if nodes:
+        listed = ",".join([*([own_exclude] if own_exclude else []), *sorted(nodes)])
+        error = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={listed}")
+        why = {host: text for host, (_, text) in nodes.items()}
+        until = max(until for until, _ in nodes.values())
+        run.append_event("exclude", attempt, hosts=sorted(nodes), until=until, why=why, error=error)
+        print(f"left out: {listed} ({why})" + (f"; Slurm refuses: {error}" if error else ""), flush=True)
+    return None
 
 
-def count_failures_without_progress(events: Sequence[dict[str, Any]], step_now: int) -> int:
-    """Count the failed lives at the end of the record, the current one included, since a checkpoint was published.
-
-    `step_now` is the newest checkpoint's step; a life made progress if it is above the one the life started with.
-    """
-    starts = {event["attempt"]: event for event in events if event["event"] == "start"}
-    causes = {event["attempt"]: event["cause"] for event in events if event["event"] == "end"}
-    last = max((event["attempt"] for event in events), default=0)
-    count, step_after = 0, step_now
-    for attempt in range(last, 0, -1):
-        step_before = starts[attempt]["checkpoint_step"] if attempt in starts else step_after
-        if step_after > step_before or causes.get(attempt, "failed") != "failed":
-            break
-        count, step_after = count + 1, step_before
-    return count
-
-
-def after_life(
-    run: RunFolder, attempt: int, exit_code: int, *, may_requeue: bool, max_failures_without_progress: int
-) -> Decision:
-    """Close an attempt in the batch script: decide, and append its end to attempts.jsonl."""
-    decision = decide(
-        exit_code,
-        user_stop=run.stop_file(attempt).exists(),
-        may_requeue=may_requeue,
-        failures_without_progress=count_failures_without_progress(run.events(), run.checkpoint_step()),
-        max_failures_without_progress=max_failures_without_progress,
-    )
-    failure = first_failure(run, attempt) if decision.cause == "failed" else None
-    run.append_event(
-        "end",
-        attempt,
-        cause=decision.cause,
-        exit_code=exit_code,
-        requeued=decision.requeue,
-        checkpoint_step=run.checkpoint_step(),
-        detail=decision.reason if failure is None else f"{failure.headline} ({decision.reason})",
-    )
-    return decision
+def _affordable(nodes: dict[str, tuple[float, str]]) -> dict[str, tuple[float, str]]:
+    """Drop the exclusions that end first until enough nodes are left for the job to start at all."""
+    facts = read_slurm()
+    if not nodes or facts is None:
+        return nodes
+    usable = {node.name for node in facts.nodes_of(os.environ.get("SLURM_JOB_PARTITION", "")) if node.is_usable}
+    needed, kept = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")), dict(nodes)
+    while kept and len(usable - set(kept)) < needed:
+        spared = min(kept, key=lambda host: kept[host][0])
+        print(f"{spared} is not left out, though blamed ({kept[spared][1]}): too few nodes would remain", flush=True)
+        del kept[spared]
+    return kept
 
 
 def is_orphan(job_id: str, restart_count: int) -> bool:
-    """Tell whether Slurm already runs a later life of this job: its node was lost, but this script lives on."""
+    """Tell whether Slurm has requeued this job already: its node was given up, or somebody else asked for it."""
     shown = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, check=True).stdout
     restarts = [word.partition("=")[2] for word in shown.split() if word.startswith("Restarts=")]
     return restarts != [str(restart_count)]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run at the end of the batch script: return 0 when the script shall requeue its job, 1 when not.
+def _scontrol(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"scontrol {' '.join(arguments)}: {error}"
+    return None if done.returncode == 0 else f"scontrol {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}"
 
-    Arguments: RUN_DIR FIRST_ATTEMPT EXIT_CODE MAY_REQUEUE(0|1) MAX_FAILURES_WITHOUT_PROGRESS
-    """
-    run_dir, first_attempt, exit_code, may_requeue, max_failures = arguments
+
+def main(arguments: Sequence[str]) -> int:
+    """Run at the end of the batch script: `RUN_DIR FIRST_ATTEMPT BUDGETS_JSON OWN_EXCLUDE EXIT_CODE`."""
+    run, first_attempt, exit_code = RunFolder(Path(arguments[0])), int(arguments[1]), int(arguments[4])
+    budgets, job_id = Budgets(**json.loads(arguments[2])), os.environ["SLURM_JOB_ID"]
     restart_count = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    if is_orphan(os.environ["SLURM_JOB_ID"], restart_count):
-        print(f"life {restart_count} of this job was given up by Slurm: it neither requeues nor records anything")
-        return 1
-    decision = after_life(
-        RunFolder(Path(run_dir)),
-        int(first_attempt) + restart_count,
-        int(exit_code),
-        may_requeue=may_requeue == "1",
-        max_failures_without_progress=int(max_failures),
-    )
-    print(f"{decision.cause}: {decision.reason}; {'requeue' if decision.requeue else 'no requeue'}")
-    return 0 if decision.requeue else 1
+    if is_orphan(job_id, restart_count):
+        print(f"Slurm has requeued the job already: life {restart_count} of it neither requeues nor records anything")
+        return 0
+    attempt = first_attempt + restart_count
+    ending, decision = after_life(run, attempt, exit_code, budgets)
+    verdict = "requeue" if decision.requeue else "no requeue"
+    print(f"{ending.kind}: {ending.detail}; {verdict}: {decision.reason}", flush=True)
+    if decision.requeue and (error := requeue(run, attempt, job_id, budgets, arguments[3])) is not None:
+        reason = f"the requeue was refused ({error}): continue with `mvit resume {run.path}`"
+        record_end(run, attempt, ending, requeued=False, reason=reason, exit_code=exit_code)
+        print(reason, file=sys.stderr, flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,8 +54,21 @@ class RunFolder:
         return self.path / "submitit" / f"attempt_{attempt:03d}"
 
     def stop_file(self, attempt: int) -> Path:
-        """Return the mark of a stop that a person asked for: not to be requeued, and no starting rank misses it."""
-        return self.attempt_dir(attempt) / "stop_requested"
+        """Return the mark of a stop that a person asked for: not to be requeued, and no starting rank misses it.
+
+        A stop asked of a life that was requeued at that moment holds for the lives after it, until somebody submits
+        the run again.
+        """
+        marks = [self.attempt_dir(life) / "stop_requested" for life in range(self.submission_of(attempt), attempt + 1)]
+        return next((mark for mark in marks if mark.exists()), marks[-1])
+
+    def submission_of(self, attempt: int) -> int:
+        """Return the attempt that was submitted by a person and, requeued or not, led to this one.
+
+        Told by submitit's folders, which are there before the job is: no life can start unseen.
+        """
+        begun = [life for life in range(attempt, 0, -1) if self.submitit_dir(life).is_dir()]
+        return begun[0] if begun else attempt
 
     def end_file(self, attempt: int) -> Path:
         """Return the mark that an attempt's end is recorded: of several processes that see it, one writes."""
@@ -67,7 +81,9 @@ class RunFolder:
         """
         try:
             return json.loads(self.run_file.read_text())
-        except FileNotFoundError:
+        except ValueError:
+            raise RunFolderError(f"{self.run_file} is damaged: it is no JSON. The run cannot be told apart.") from None
+        except (FileNotFoundError, NotADirectoryError):
             raise RunFolderError(
                 f"{self.path} is not a run folder: it has no run.json. Give the folder that `mvit submit` or "
                 "`mvit train` printed (output_dir/name of the recipe)."
@@ -75,7 +91,7 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """Read the attempts' events in the order they were written."""
-        return list(read_json_lines(self.attempts_file))
+        return [event for event in read_json_lines(self.attempts_file) if {"event", "attempt", "time"} <= event.keys()]
 
     def append_event(self, event: str, attempt: int, **facts: object) -> None:
         """Append one event of an attempt, stamped with the time (seconds since the epoch)."""
@@ -157,14 +173,40 @@ def _occupied(run: RunFolder) -> RunFolderError:
 def write_json(path: Path, record: Mapping[str, object]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     temporary.write_text(json.dumps(record) + "\n")
     temporary.replace(path)
 
 
+def write_first(path: Path, record: Mapping[str, object]) -> bool:
+    """Write a JSON file unless it exists already; of several writers one succeeds, and no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_text(json.dumps(record) + "\n")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
 def read_records(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    """Read the JSON files of a folder that match a glob pattern, by name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+    """Read the JSON files of a folder that match a glob pattern, by name.
+
+    A file that vanished meanwhile, or that a lost node left empty, is passed over.
+    """
+    found = (read_record(path) for path in sorted(folder.glob(pattern)))
+    return [record for record in found if record is not None]
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Read one JSON file; None if it is not there or empty."""
+    try:
+        return parse_json_line(path.read_bytes())
+    except FileNotFoundError:
+        return None
 
 
 def append_json_line(path: Path, record: Mapping[str, object]) -> None:
@@ -197,6 +239,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def parse_json_line(line: bytes) -> dict[str, Any] | None:
     """Return the record of one line, None for an empty or unfinished one."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
+    return record if isinstance(record, dict) else None

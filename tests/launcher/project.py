@@ -106,7 +106,8 @@ def create_project(root: Path) -> Project:
     tree = root / "tree"
     shutil.copytree(ROOT / "launcher", tree / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(Path(__file__).parent / "stand_in" / "mvit", tree / "mvit")
-    shutil.copy(ROOT / "mvit" / "progress.py", tree / "mvit" / "progress.py")
+    for name in ("progress", "life", "ledger", "ledger_events"):
+        shutil.copy(ROOT / "mvit" / f"{name}.py", tree / "mvit" / f"{name}.py")
     (tree / "data_pipeline").mkdir()
     for name in ("__init__", "settings", "shards", "cache", "decode", "shard_index", "tar_scan"):
         shutil.copy(ROOT / "data_pipeline" / f"{name}.py", tree / "data_pipeline")

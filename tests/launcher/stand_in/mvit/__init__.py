@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import yaml
 
@@ -28,10 +29,17 @@ class Recipe:
     raise_on_rank: int = 0
     num_workers: int = 0
     shards: str | None = "shards"
+    validation: str | None = None
+    weights: str | None = None
+    num_classes: int = 10
 
     @property
     def data(self) -> SimpleNamespace:
-        return SimpleNamespace(train=self.shards, validation=None)
+        return SimpleNamespace(train=self.shards, validation=self.validation)
+
+    @property
+    def model(self) -> SimpleNamespace:
+        return SimpleNamespace(weights=self.weights, num_classes=self.num_classes)
 
     @property
     def run_dir(self) -> Path:
@@ -58,12 +66,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = yaml.safe_load(Path(path).read_text())
     for override in overrides:
         key, _, value = override.partition("=")
-        values[key] = yaml.safe_load(value)
+        values[key.removeprefix("model.")] = yaml.safe_load(value)
     return Recipe(**values)
 
 
 def train(
-    config: Recipe, *, run_dir: Path, stop_requested: Callable[[], bool], show_progress: bool = True
+    config: Recipe,
+    *,
+    run_dir: Path,
+    stop_requested: Callable[[], bool],
+    show_progress: bool = True,
+    observer: Any = None,
+    life: Any = None,
 ) -> TrainResult:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     facts = {
@@ -76,15 +90,21 @@ def train(
     for worker in workers:
         worker.start()
     facts |= {"pid": os.getpid(), "workers": [worker.pid for worker in workers], "code": CODE, "file": __file__}
-    facts |= {"cwd": os.getcwd()}
+    facts |= {"cwd": os.getcwd(), "weights": config.weights}
+    if config.weights is not None:
+        assert list(Path(config.weights).glob("checkpoints/step_*")), "it starts before its weights are there"
     step = max((int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*")), default=0)
     _append(run_dir / f"facts_{rank}.jsonl", facts | {"first_step": step})
     while not all(_has_arrived(run_dir / f"facts_{peer}.jsonl", facts) for peer in range(world_size)):
         time.sleep(0.01)
     print(f"rank {rank} of {world_size} trains from step {step}", flush=True)
     while step < config.steps:
-        time.sleep(config.step_s)
         step += 1
+        life.beat(step, "data")
+        life.beat(step, "compute")
+        if observer is not None:
+            observer.read(step, 0, None)
+        time.sleep(config.step_s)
         if step == config.raise_at and rank == config.raise_on_rank:
             raise ArithmeticError(f"the fault at step {step}")
         stop = stop_requested()
@@ -104,6 +124,14 @@ def train(
     for worker in workers:
         worker.terminate()
     return TrainResult(step, config.steps, stopped=step < config.steps, metrics={"top1": 0.75})
+
+
+def evaluate(
+    config: Recipe, weights: Path, *, ema: bool, show_progress: bool, beat: Callable[[], None]
+) -> dict[str, float]:
+    beat()
+    _append(weights.parent.parent / "evaluated.jsonl", {"weights": str(weights), "ema": ema, "name": config.name})
+    return {"top1": 0.75, "samples": 100.0}
 
 
 def _has_arrived(path: Path, facts: dict) -> bool:
