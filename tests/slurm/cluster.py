@@ -87,6 +87,7 @@ class Cluster:
         timeout: float = 60,
         env: dict[str, str] | None = None,
         user: str | None = None,
+        cwd: Path | None = None,
     ) -> str:
         """Run a command in the cluster's environment, as `user` if given, and return its stdout, stripped."""
         account = pwd.getpwnam(user) if user else None
@@ -100,6 +101,7 @@ class Cluster:
             capture_output=True,
             text=True,
             timeout=timeout,
+            cwd=cwd,
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: code {done.returncode}\n{done.stdout}{done.stderr}")
