@@ -37,7 +37,8 @@ def test_a_killed_rank_ends_the_job_within_seconds_and_its_signal_is_named(proje
 
     assert time.monotonic() - start < 10
     assert follower.returncode == 1
-    assert f"rank 1 (pid {pids[1]}) died: killed by SIGKILL" in errors
+    assert f"(pid {pids[1]}) died: killed by SIGKILL" in errors
+    assert "rank 1 on " in errors
     state = project.status()
     assert state["state"] == "failed"
     assert f"rank 1 (pid {pids[1]}) died: killed by SIGKILL" in state["detail"]
