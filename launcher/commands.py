@@ -1,9 +1,10 @@
 """One function per command of the command line: load what it needs, call it, print, return the exit code."""
 
 import json
+import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,20 +35,25 @@ def train(args: Namespace) -> int:
 
 
 def submit(args: Namespace) -> int:
-    """Create a run and submit it."""
-    import mvit
-    from launcher.cluster import load_cluster
-    from launcher.submit import check_data_is_there, dry_run, submit_new
+    """Create a run, or a chain of runs, and submit it."""
+    from launcher.chain import ChainError, Step, check_chain, dry_run_chain, plan_chain, run_chain_here, submit_chain
 
-    of_recipe, of_cluster = _split(args)
-    cluster = load_cluster(args.cluster, of_cluster)
-    config = mvit.load_config(args.recipe, of_recipe)
+    steps = [Step(args.recipe, *_split(args)), *(Step(*_split_step(text)) for text in args.then)]
+    chain = plan_chain(steps, args.cluster, evaluate=args.then_evaluate, after=args.after)
     if args.dry_run:
-        print(dry_run(config, cluster))
+        print(dry_run_chain(chain))
         return 0
-    if not args.no_data_check:
-        check_data_is_there(config)
-    return _show_and_follow(args, submit_new(config, cluster, sys.argv))
+    check_chain(chain, check_data=not args.no_data_check)
+    if len(chain.links) > 1 and chain.is_local:
+        if not args.follow:
+            raise ChainError(
+                "without Slurm, one job cannot wait for another: add --follow to stay and run them in turn"
+            )
+        return run_chain_here(chain, sys.argv, lambda submission: _show_and_follow(args, submission))
+    submissions = submit_chain(chain, sys.argv)
+    if len(submissions) == 1:
+        return _show_and_follow(args, submissions[0])
+    return _show_and_follow_chain(args, submissions)
 
 
 def resume(args: Namespace) -> int:
@@ -286,17 +292,48 @@ def _show_and_follow(args: Namespace, submission: "Submission") -> int:
     return 0
 
 
+def _show_and_follow_chain(args: Namespace, submissions: "list[Submission]") -> int:
+    from launcher.follow import follow
+
+    if args.json:
+        print(json.dumps({"runs": [one.to_dict() for one in submissions]}), flush=True)
+    else:
+        print("\n".join(str(one) for one in submissions), flush=True)
+    if not args.follow:
+        if not args.json:
+            print(f"watch them: mvit status {' '.join(one.run_dir for one in submissions)}")
+        return 0
+    codes = (follow(Path(one.run_dir), as_json=args.json) for one in submissions)
+    return next((code for code in codes if code), 0)
+
+
+def _split_step(text: str) -> tuple[str, list[str], list[str]]:
+    """Read `RECIPE k=v k=v` of --then: the recipe, its overrides, and those of the cluster file."""
+    recipe, *words = shlex.split(text) or [""]
+    wrong = [word for word in words if "=" not in word]
+    if not recipe or "=" in recipe or wrong:
+        raise ValueError(
+            f"--then {text!r}: write a recipe and its settings in one word: --then 'RECIPE.yaml key=value'"
+        )
+    return recipe, *_split_words(words)
+
+
 def _split(args: Namespace) -> tuple[list[str], list[str]]:
+    of_recipe, of_cluster = _split_words(args.overrides)
+    if args.nodes is not None:
+        of_cluster.append(f"nodes={args.nodes}")
+    return of_recipe, of_cluster
+
+
+def _split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate the recipe's overrides from those of the cluster file: `cluster.nodes=2`, or `nodes=2` for short."""
     from launcher.cluster import ClusterConfig
 
     of_recipe, of_cluster = [], []
-    for word in args.overrides:
+    for word in words:
         key = word.split("=")[0]
         is_cluster = key.startswith("cluster.") or key in ClusterConfig.model_fields  # no recipe has a key like these
         (of_cluster if is_cluster else of_recipe).append(word.removeprefix("cluster."))
-    if args.nodes is not None:
-        of_cluster.append(f"nodes={args.nodes}")
     return of_recipe, of_cluster
 
 

@@ -31,6 +31,12 @@ def add_runs(group: "argparse._SubParsersAction") -> None:
     submit.add_argument(
         "--dry-run", action="store_true", help="print batch arithmetic and batch script, create nothing"
     )
+    text = "then another run, from the weights of the one before (EMA if it has them); can be given several times"
+    submit.add_argument("--then", action="append", default=[], metavar='"RECIPE [KEY=VALUE …]"', help=text)
+    text = "at the end, evaluate the last run once on one node and write evaluation.json into its folder"
+    submit.add_argument("--then-evaluate", action="store_true", help=text)
+    text = "start when this run is finished, from its weights; a run that was submitted before"
+    submit.add_argument("--after", metavar="RUN_DIR", help=text)
     add_follow(submit)
     add_json(submit)
 

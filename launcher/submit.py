@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from launcher.cluster import ClusterConfig, ClusterError, Placement, parse_cluster, place
+from launcher.dependency import Upstream, wait_for
 from launcher.identity import describe_run
 from launcher.job import TrainJob
 from launcher.processes import identify
 from launcher.run_folder import RunFolder, RunFolderError, claim, refuse_foreign, write_json
 from launcher.snapshot import take_snapshot
 from launcher.status import run_state
+from launcher.submission_checks import check_submission
 
 if TYPE_CHECKING:
     from mvit.config import RunConfig
@@ -28,13 +30,16 @@ class Submission:
     executor: str
     job_id: str
     world_size: int
+    after: str | None = None
+    """The Slurm job that has to be finished first."""
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     def __str__(self) -> str:
+        waits = "" if self.after is None else f", when job {self.after} is finished"
         return (
-            f"{self.executor} job {self.job_id}: attempt {self.attempt}, {self.world_size} rank(s)\n"
+            f"{self.executor} job {self.job_id}: attempt {self.attempt}, {self.world_size} rank(s){waits}\n"
             f"run folder: {self.run_dir}"
         )
 
@@ -93,59 +98,75 @@ def _never_saved(run: RunFolder) -> bool:
     return run_state(run.path).state in ("failed", "stopped")
 
 
-def submit_new(config: "RunConfig", cluster: ClusterConfig, command: Sequence[str]) -> Submission:
-    """Create a run and submit its first attempt.
+def check_new(config: "RunConfig", cluster: ClusterConfig, after: Upstream | None = None) -> Placement:
+    """Check all that can be known of a new run before it is created, and return where its ranks will be.
 
-    Raises ConfigError, ClusterError or RunFolderError before anything is created; after a refused submission the folder
-    is removed again, so that the same command can be repeated.
+    Raises ConfigError, ClusterError or RunFolderError.
     """
     placement = place(cluster)
     config.batch_arithmetic(placement.world_size)
-    run = create_run(config, command, cluster)
-    try:
-        return _submit_attempt(run, cluster, placement)
-    except BaseException:
-        if not run.events():
-            shutil.rmtree(run.path)
-        raise
+    _refuse_taken(RunFolder(config.run_dir.absolute()))
+    check_submission(cluster, placement, None if after is None else after.dependency)
+    return placement
 
 
 def submit_resume(run: RunFolder, config: "RunConfig", cluster: ClusterConfig) -> Submission:
     """Submit the next attempt of a run; it continues from the newest valid checkpoint with the run's own code.
 
-    Raises RunFolderError while the run is pending or running, or when it is finished.
+    A run of a chain that has nothing yet waits for the run before it again. Raises RunFolderError while the run is
+    pending or running, when it is finished, or when the run before it has to be resumed first.
     """
     refuse_active(run)
+    before = None if run.checkpoint_step() else Upstream.of(run.events())
+    after = None if before is None else wait_for(before.run_dir, cluster.executor)
     placement = place(cluster)
     config.batch_arithmetic(placement.world_size)
+    check_submission(cluster, placement, None if after is None else after.dependency)
     run.config_file.write_text(config.to_yaml())
-    return _submit_attempt(run, cluster, placement)
+    return submit_attempt(run, cluster, placement, after)
 
 
-def dry_run(config: "RunConfig", cluster: ClusterConfig) -> str:
+def dry_run(config: "RunConfig", cluster: ClusterConfig, dependency: str | None = None) -> str:
     """Return what a submission would do: batch arithmetic, run folder, batch script. Creates nothing.
 
-    Raises what `submit_new` would raise before it creates anything.
+    Raises what a submission would raise before it creates anything, other than what only the cluster can tell: that is
+    `mvit doctor`'s, and a dry run works where there is no Slurm.
     """
-    from launcher.executors import local_command, render_batch_script
-
     placement = place(cluster)
     arithmetic = config.batch_arithmetic(placement.world_size)
     run = RunFolder(config.run_dir.absolute())
-    if not _never_saved(run):
-        refuse_foreign(run)
+    _refuse_taken(run)
+    return describe_job(run, config.name, cluster, placement, str(arithmetic).splitlines(), dependency)
+
+
+def describe_job(
+    run: RunFolder,
+    name: str,
+    cluster: ClusterConfig,
+    placement: Placement,
+    notes: Sequence[str],
+    dependency: str | None = None,
+) -> str:
+    """Return what would be submitted for a run: folder, ranks, notes and batch script."""
+    from launcher.executors import local_command, render_batch_script
+
     lines = [
         f"# run folder: {run.path}",
         f"# ranks: {placement.nodes} node(s) x {placement.ranks_per_node} = {placement.world_size}, "
         f"{placement.gpus_per_node} GPU(s) per node",
-        *(f"# {line}" for line in str(arithmetic).splitlines()),
+        *(f"# {line}" for line in notes),
         "# nothing was created or submitted",
         "",
     ]
     if cluster.executor == "slurm":
-        return "\n".join([*lines, render_batch_script(run, config.name, cluster, placement)])
+        return "\n".join([*lines, render_batch_script(run, name, cluster, placement, dependency)])
     command = " ".join(local_command(run, 1, cluster, placement))
     return "\n".join([*lines, f"# no batch script with executor: local; each rank runs under\n{command}"])
+
+
+def _refuse_taken(run: RunFolder) -> None:
+    if not _never_saved(run):
+        refuse_foreign(run)
 
 
 def saved_cluster(run: RunFolder, overrides: Sequence[str] = ()) -> ClusterConfig | None:
@@ -204,7 +225,13 @@ def refuse_active(run: RunFolder) -> None:
         )
 
 
-def _submit_attempt(run: RunFolder, cluster: ClusterConfig, placement: Placement) -> Submission:
+def submit_attempt(
+    run: RunFolder, cluster: ClusterConfig, placement: Placement, after: Upstream | None = None
+) -> Submission:
+    """Submit the next attempt of a run that is created and at rest; everything was checked before.
+
+    Raises ClusterError with Slurm's words when it is refused.
+    """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     from launcher.executors import detached, local_executor, slurm_executor
@@ -218,7 +245,9 @@ def _submit_attempt(run: RunFolder, cluster: ClusterConfig, placement: Placement
     try:
         if cluster.executor == "slurm":
             name = str(run.identity()["name"])
-            job_id = slurm_executor(run, attempt, name, cluster, placement).submit(job).job_id
+            dependency = None if after is None else after.dependency
+            executor = slurm_executor(run, attempt, name, cluster, placement, dependency=dependency)
+            job_id = executor.submit(job).job_id
         else:
             executor = local_executor(run, attempt, cluster, placement)
             with detached(run.submitit_dir(attempt) / "controller.log"):
@@ -234,5 +263,7 @@ def _submit_attempt(run: RunFolder, cluster: ClusterConfig, placement: Placement
         job_id=job_id,
         world_size=placement.world_size,
         process=process,
+        **({} if after is None else {"after": after.to_dict()}),
     )
-    return Submission(str(run.path), attempt, cluster.executor, job_id, placement.world_size)
+    waits_for = None if after is None else after.job_id
+    return Submission(str(run.path), attempt, cluster.executor, job_id, placement.world_size, waits_for)
