@@ -9,7 +9,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,8 @@ class DoctorJob:
 
     folder: Path
     cwd: Path
-    shard: str | None
+    shards: str | Sequence[str] | None
+    """The recipe's training shards; the first is read."""
     local_port: int
     """Where the ranks of a local job meet; under Slurm the job's id decides."""
     cpus_per_rank: int | None
@@ -55,8 +56,8 @@ class DoctorJob:
         with report.part("software"):
             report.figures["versions"] = _versions()
         with report.part("shards"):
-            if self.shard is not None:
-                report.figures["read_mb_s"] = _read_shard(Path(self.shard))
+            if self.shards is not None:
+                report.figures |= _read_shard(self.shards)
         with report.part("output_dir"):
             if place.local_rank == 0:
                 report.figures["write_mb_s"] = write_speed(self.folder, _WRITE_BYTES, 20.0) / 1e6
@@ -128,16 +129,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _read_shard(path: Path) -> float:
-    """Read the beginning of a shard and return MB/s; raises what a damaged or unreadable tar raises."""
+def _read_shard(shards: str | Sequence[str]) -> dict[str, Any]:
+    """Read the beginning of the first shard and return MB/s; raises what a missing or damaged tar raises."""
     from itertools import islice
 
+    from data_pipeline.shards import first_shard
     from data_pipeline.tar_scan import scan_tar
 
-    speed = read_speed(path, _READ_BYTES) / 1e6
-    if not list(islice(scan_tar(str(path)), 10)):
-        raise ValueError(f"{path} holds no sample")
-    return speed
+    shard = first_shard(shards)
+    if shard is None:  # remote: each rank would fetch a copy
+        return {}
+    speed = read_speed(Path(shard), _READ_BYTES) / 1e6
+    if not list(islice(scan_tar(shard), 10)):
+        raise ValueError(f"{shard} holds no sample")
+    return {"read_mb_s": speed}
 
 
 def _devices(place: RankPlace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.cluster import ClusterConfig, ClusterError, Placement
 from launcher.doctor_job import DoctorJob
 from launcher.doctor_report import NodesReport
-from launcher.doctor_verdict import judge
+from launcher.doctor_verdict import RankEnd, judge
 from launcher.processes import ProcessIdentity, identify, is_alive, send_signal
 from launcher.run_folder import RunFolder, read_records, write_json
 from launcher.slurm import expand_hostlist
@@ -64,7 +64,9 @@ def check_nodes(
     run.attempt_dir(1).mkdir(parents=True)
     run.submitit_dir(1).mkdir(parents=True)
     take_snapshot(run.code_dir)
-    job = DoctorJob(run.path, Path.cwd(), _first_shard(config), _free_port(), cluster.cpus_per_rank)
+    job = DoctorJob(
+        run.path, Path.cwd(), None if config is None else config.data.train, _free_port(), cluster.cpus_per_rank
+    )
     started = _start(run, job, cluster, placement)
     tell(f"{cluster.executor} job {started.job_id} on {placement.nodes} node(s), at most {_LIMIT_MIN} minutes")
     try:
@@ -164,7 +166,7 @@ def _cancel(started: _Started) -> None:
         raise DoctorError(f"job {started.job_id} could not be cancelled: {result.stderr.strip()}")
 
 
-def _ends(run: RunFolder, reports: list[dict[str, Any]], placement: Placement) -> dict[int, str]:
+def _ends(run: RunFolder, reports: list[dict[str, Any]], placement: Placement) -> dict[int, RankEnd]:
     """Say how the ranks without a complete report ended: by their guards' records, or the end of what they printed."""
     complete = {report["rank"] for report in reports if report["done"]}
     records = {record["rank"]: record for record in run.rank_records(1)}
@@ -180,7 +182,8 @@ def _ends(run: RunFolder, reports: list[dict[str, Any]], placement: Placement) -
             f"ended because {record['ended_because']}" if record.get("ended_because") else "",
             f"it said: {log}" if log else "",
         ]
-        ends[rank] = ", ".join(fact for fact in facts if fact) or "nothing is known of it"
+        told = ", ".join(fact for fact in facts if fact) or "nothing is known of it"
+        ends[rank] = RankEnd(told, for_another=bool(record.get("ended_because")))
     return ends
 
 
@@ -190,15 +193,6 @@ def _last_line(run: RunFolder, rank: int) -> str:
         if lines:
             return lines[-1][:300]
     return ""
-
-
-def _first_shard(config: "RunConfig | None") -> str | None:
-    """Return the first shard of the recipe's training data; None without a recipe, or if the data is elsewhere."""
-    if config is None or config.data.train is None:
-        return None
-    from data_pipeline.shards import first_shard
-
-    return first_shard(config.data.train)
 
 
 def _free_port() -> int:

@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.cluster import Placement
@@ -15,15 +16,21 @@ _SHM_GIB = 0.25
 _Reports = Sequence[Mapping[str, Any]]
 
 
-def judge(
-    reports: _Reports, placement: Placement, job_nodes: Sequence[str], silent: Mapping[int, str]
-) -> tuple[NodeVerdict, ...]:
-    """Return a verdict for each node, in the order of their ranks.
+@dataclass(frozen=True)
+class RankEnd:
+    """How a rank without a complete report ended."""
 
-    `silent` says of ranks without a complete report what is known of their end.
-    """
+    told: str
+    for_another: bool = False
+    """Whether it was ended because another rank had failed."""
+
+
+def judge(
+    reports: _Reports, placement: Placement, job_nodes: Sequence[str], ends: Mapping[int, RankEnd]
+) -> tuple[NodeVerdict, ...]:
+    """Return a verdict for each node, in the order of their ranks; `ends` tells of ranks without a complete report."""
     by_rank = {report["rank"]: report for report in reports}
-    world = _World(reports, _absent(by_rank, placement))
+    world = _World(reports, _absent(by_rank, placement, ends), ends)
     verdicts = []
     for index in range(placement.nodes):
         ranks = range(index * placement.ranks_per_node, (index + 1) * placement.ranks_per_node)
@@ -33,9 +40,11 @@ def judge(
         fails, warnings = [], []
         for rank in ranks:
             if rank not in by_rank:
-                fails.append(f"rank {rank} left no report: {silent.get(rank, 'it never started')}")
+                end = ends.get(rank, RankEnd("it never started"))
+                (warnings if end.for_another else fails).append(f"rank {rank} left no report: {end.told}")
         for report in found:
-            _judge_rank(report, world, silent, fails, warnings)
+            _judge_parts(report, world, fails, warnings)
+            _judge_rank(report, world, fails, warnings)
         _judge_devices(found, placement, fails, warnings)
         level = "FAIL" if fails else "WARN" if warnings else "PASS"
         verdicts.append(NodeVerdict(node, level, _figures(found), (*fails, *warnings)))
@@ -45,8 +54,8 @@ def judge(
 class _World:
     """What a rank is compared with: the medians and the most common versions of all ranks, and who was absent."""
 
-    def __init__(self, reports: _Reports, absent: str | None) -> None:
-        self.absent = absent
+    def __init__(self, reports: _Reports, absent: str | None, ends: Mapping[int, RankEnd]) -> None:
+        self.absent, self.ends = absent, ends
         self.medians = {name: _median(reports, name) for name in ("tflops", "read_mb_s", "write_mb_s")}
         kinds = Counter(str(report["figures"].get("name")) for report in reports)
         self.by_device = {
@@ -57,9 +66,11 @@ class _World:
         self.versions = versions.most_common(1)[0][0] if versions else ()
 
 
-def _absent(by_rank: Mapping[int, Mapping[str, Any]], placement: Placement) -> str | None:
+def _absent(by_rank: Mapping[int, Mapping[str, Any]], placement: Placement, ends: Mapping[int, RankEnd]) -> str | None:
     """Name a rank that could not take part in what all ranks do together; the others are not to blame then."""
     for rank in range(placement.world_size):
+        if rank in ends and ends[rank].for_another:
+            continue
         if rank not in by_rank:
             return f"rank {rank}"
         report = by_rank[rank]
@@ -68,15 +79,21 @@ def _absent(by_rank: Mapping[int, Mapping[str, Any]], placement: Placement) -> s
     return None
 
 
-def _judge_rank(
-    report: Mapping[str, Any], world: _World, silent: Mapping[int, str], fails: list[str], warnings: list[str]
-) -> None:
-    rank, figures = report["rank"], report["figures"]
+def _judge_parts(report: Mapping[str, Any], world: _World, fails: list[str], warnings: list[str]) -> None:
+    """Tell the parts that raised or were not finished."""
+    rank, end = report["rank"], world.ends.get(report["rank"])
     for part, error in report["errors"].items():
-        if part == "network" and world.absent is not None:
+        if end is not None and end.for_another:
+            warnings.append(f"rank {rank}: {part} was not finished: {end.told}")
+        elif part == "network" and world.absent is not None:
             warnings.append(f"rank {rank}: the network was not measured, since {world.absent} was absent")
         else:
-            fails.append(f"rank {rank}: {part}: {error}" + (f" ({silent[rank]})" if rank in silent else ""))
+            fails.append(f"rank {rank}: {part}: {error}" + (f" ({end.told})" if end else ""))
+
+
+def _judge_rank(report: Mapping[str, Any], world: _World, fails: list[str], warnings: list[str]) -> None:
+    """Tell wrong results, other software, slowness and want of room."""
+    rank, figures = report["rank"], report["figures"]
     for name, wrong in (
         ("finite", "a matrix product is not finite"),
         ("repeatable", "the same matrix product twice gave different bits"),

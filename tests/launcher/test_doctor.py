@@ -17,7 +17,7 @@ from launcher.cluster import Placement, parse_cluster
 from launcher.disk_speed import existing_parent, read_speed, write_speed
 from launcher.doctor_report import Finding, NodesReport, NodeVerdict, Report
 from launcher.doctor_settings import StopTime, granularity_finding, lead_finding, slurm_findings
-from launcher.doctor_verdict import judge
+from launcher.doctor_verdict import RankEnd, judge
 from launcher.slurm import SlurmFacts, parse_nodes, parse_partitions, parse_settings
 from tests.launcher import recorded
 from tests.launcher.project import ROOT, wait_until
@@ -189,7 +189,9 @@ def test_a_node_with_fewer_gpus_than_asked_for_fails() -> None:
 def test_an_absent_rank_fails_its_node_and_not_those_that_waited_for_it() -> None:
     waited = {"network": "DistStoreError: timed out"}
     reports = [report(rank, f"node{rank // 2 + 1}", errors=waited) for rank in range(6)]
-    verdicts = judge([*reports[:2], *reports[4:]], PLACEMENT, ["node1", "node2", "node3"], {2: "killed by SIGKILL"})
+    verdicts = judge(
+        [*reports[:2], *reports[4:]], PLACEMENT, ["node1", "node2", "node3"], {2: RankEnd("killed by SIGKILL")}
+    )
     assert [(verdict.node, verdict.level) for verdict in verdicts] == [
         ("node1", "WARN"),
         ("node2", "FAIL"),
@@ -200,6 +202,16 @@ def test_an_absent_rank_fails_its_node_and_not_those_that_waited_for_it() -> Non
         "rank 3 left no report: it never started",
     )
     assert "since rank 2 was absent" in verdicts[0].problems[0]
+
+
+def test_a_rank_that_is_killed_fails_its_node_and_not_those_that_were_ended_for_it() -> None:
+    cut = {"arithmetic": "was not finished"}
+    reports = [report(rank, f"node{rank // 2 + 1}", errors=cut, done=False) for rank in range(5)]
+    ends = {rank: RankEnd("ended because rank 3 failed", for_another=True) for rank in range(6)}
+    verdicts = judge(reports, PLACEMENT, [], ends | {3: RankEnd("killed by SIGSEGV")})
+    assert [verdict.level for verdict in verdicts] == ["WARN", "FAIL", "WARN"]
+    assert verdicts[1].problems[0] == "rank 3: arithmetic: was not finished (killed by SIGSEGV)"
+    assert verdicts[2].problems[1].startswith("rank 4: arithmetic was not finished: ended because rank 3")
 
 
 def test_a_node_whose_torch_cannot_be_imported_is_the_one_that_fails() -> None:
