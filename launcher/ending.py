@@ -62,6 +62,8 @@ def classify(run: RunFolder, attempt: int, exit_code: int | None) -> Ending:
         return Ending("user_stop" if asked else "signalled", f"{detail}, everything saved", step=_last_step(records))
     if exit_code == EXIT_FENCED:
         return Ending("fenced", "a later life had taken over", step=_last_step(records))
+    if exit_code is None and (down := tuple(host for host in _hosts(run, attempt) if host in _nodes_down())):
+        return _lost_nodes(down, records)
     if (hang := _hang(run, attempt, records)) is not None:
         return hang
     terminated = [signal["time"] for record in records for signal in record.get("signals", []) if _ends(signal)]
@@ -111,23 +113,26 @@ def _failed(run: RunFolder, attempt: int, failure: Failure, records: Sequence[Ma
 
 def _ended_by_slurm(run: RunFolder, attempt: int, records: Sequence[Mapping[str, Any]]) -> Ending:
     """Tell a lost node from a preemption: on a node that lives, the guards were told by SIGTERM before the end."""
-    start = next((event for event in run.events() if event["event"] == "start" and event["attempt"] == attempt), None)
-    if start is None:
+    hosts = _hosts(run, attempt)
+    if not hosts:
         return Ending("lost", "it ended before its ranks had started")
-    hosts = list(start.get("hosts", []))
     told = {record.get("node") for record in records if any(map(_ends, record.get("signals", [])))}
     step = _last_step(records) or _progress(run, attempt)
-    silent = tuple(host for host in hosts if host not in told)
-    if not silent:
-        return Ending("preempted", "ended by Slurm (preempted or requeued) before a save was complete", step=step)
     if not told:
-        silent = tuple(host for host in silent if host in _nodes_down())
-        if not silent:
-            return Ending("lost", "ended without a record, and Slurm says that its nodes are up", step=step)
-    names = ", ".join(silent)
-    return Ending(
-        "node", f"node {names} was lost: Slurm ended the life, and {names} was not told", step=step, blamed=silent
-    )
+        return Ending("lost", "ended without a record, and Slurm says that its nodes are up", step=step)
+    if silent := tuple(host for host in hosts if host not in told):
+        return _lost_nodes(silent, records)
+    return Ending("preempted", "ended by Slurm (preempted or requeued) before a save was complete", step=step)
+
+
+def _lost_nodes(hosts: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Ending:
+    names = ", ".join(hosts)
+    return Ending("node", f"node {names} was lost: Slurm ended the life", step=_last_step(records), blamed=tuple(hosts))
+
+
+def _hosts(run: RunFolder, attempt: int) -> list[str]:
+    starts = [event for event in run.events() if event["event"] == "start" and event["attempt"] == attempt]
+    return list(starts[-1].get("hosts", [])) if starts else []
 
 
 def _nodes_down() -> set[str]:

@@ -16,7 +16,8 @@ NODES = ("n1", "n2")
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    monkeypatch.setattr(ending, "_nodes_down", set)
     run = RunFolder(tmp_path)
     run.append_event("start", 1, executor="slurm", job_id="7", world_size=4, hosts=list(NODES), checkpoint_step=0)
     return run
@@ -126,6 +127,17 @@ def test_a_node_that_was_not_told_of_the_end_was_lost(run: RunFolder) -> None:
     found = classify(run, 1, None)
     assert (found.kind, found.blamed) == ("node", ("n2",))
     assert "n2 was lost" in found.detail
+
+
+def test_a_node_that_slurm_says_is_down_was_lost_though_a_watchdog_saw_the_silence_first(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "_nodes_down", lambda: {"n2", "n9"})
+    for rank in range(4):
+        _rank(run, rank, hung=True, **_ended(None, 80.0, "SIGKILL", "hangs"))
+    write_json(run.attempt_dir(1) / "hang.json", {"rank": 0, "node": "n1", "age_s": 20.3, "time": 79.0})
+    found = classify(run, 1, None)
+    assert (found.kind, found.blamed) == ("node", ("n2",))
 
 
 def test_a_failure_before_slurm_ended_the_life_is_the_cause(run: RunFolder) -> None:

@@ -123,7 +123,9 @@ def test_faults_of_the_nodes(
     told: Callable[[str, float], None],
 ) -> None:
     """A node without power, one whose slurmd died and one whose cable was pulled, both with ranks that live on."""
-    job = _job(cluster, digits, tmp_path, "nodes", "slow@16,slow@17,slow@36,slow@37,slow@56,slow@57").submit()
+    job = _job(
+        cluster, digits, tmp_path, "nodes", "slow@16,slow@17,slow@36,slow@37,slow@56,slow@57", hang_timeout_s=90
+    ).submit()
 
     def nodes_of(life: int) -> list[str]:
         return next(event["hosts"] for event in job.events("start") if event["attempt"] == life)
