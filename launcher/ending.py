@@ -115,7 +115,7 @@ def _ended_by_slurm(run: RunFolder, attempt: int, records: Sequence[Mapping[str,
     """Tell a lost node from a preemption: on a node that lives, the guards were told by SIGTERM before the end."""
     hosts = _hosts(run, attempt)
     if not hosts:
-        return Ending("lost", "it ended before its ranks had started")
+        return Ending("lost", "it ended without a record", step=_last_step(records))
     told = {record.get("node") for record in records if any(map(_ends, record.get("signals", [])))}
     step = _last_step(records) or _progress(run, attempt)
     if not told:
@@ -131,8 +131,9 @@ def _lost_nodes(hosts: Sequence[str], records: Sequence[Mapping[str, Any]]) -> E
 
 
 def _hosts(run: RunFolder, attempt: int) -> list[str]:
+    """Return the nodes of a life that Slurm started, none of another or of one that did not come so far."""
     starts = [event for event in run.events() if event["event"] == "start" and event["attempt"] == attempt]
-    return list(starts[-1].get("hosts", [])) if starts else []
+    return list(starts[-1].get("hosts", [])) if starts and starts[-1]["executor"] == "slurm" else []
 
 
 def _nodes_down() -> set[str]:

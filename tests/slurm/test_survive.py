@@ -6,7 +6,7 @@ the cluster from here, at a step that is slow enough to be met. What is measured
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ def _job(cluster: Cluster, digits: Path, folder: Path, name: str, faults: str = 
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str, float], None]]:
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[[str, float], None]:
     """Print a measured time beside the test's name."""
 
     def tell(what: str, seconds: float) -> None:
         with capsys.disabled():
             print(f"\n  {what}: {seconds:.1f} s", flush=True)
 
-    yield tell
+    return tell
 
 
 def _check_whole(job: TrainingJob, undisturbed: TrainingJob, lives: int) -> None:
