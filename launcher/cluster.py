@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from data_pipeline.settings import Settings
+from launcher import faults
 
 NUM_CPU_RANKS = 2  # of `ranks_per_node: auto` without GPUs: the fewest that exercise every distributed path
 _SLURM_ONLY = ("mem", "partition", "account", "qos", "constraint", "exclude", "comment", "setup", "sbatch")
@@ -94,6 +95,7 @@ class ClusterConfig(Settings):
             self._check_local()
         else:
             self._check_slurm()
+        faults.parse(self.env.get(faults.VARIABLE, ""))
         gpus, ranks = self.gpus_per_node, self.ranks_per_node
         if isinstance(gpus, int) and isinstance(ranks, int) and gpus > 0 and ranks != gpus:
             raise ValueError(
