@@ -219,7 +219,7 @@ def _stopped(record: Record, following: Record | None, now: float) -> float:
     if record.end is None:
         return now if following is None else record.last_own_time
     requeued_by_slurm = following is not None and following.is_slurm and following.submitted is None
-    if record.kind == "lost" or (requeued_by_slurm and not record.requeued):
+    if not record.requeued and (record.kind == "lost" or requeued_by_slurm):
         return record.last_own_time  # its end was found and written by somebody else, any time later
     return float(record.end["time"])
 

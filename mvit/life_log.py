@@ -26,8 +26,8 @@ class LifeLog:
         self._record("restored", {"step": step, "seconds": round(seconds, 3)})
 
     def begin(self) -> None:
-        """Start the clock: training begins."""
-        self._began = time.perf_counter()
+        """Start the clock: training begins; an evaluation before it was no part of it."""
+        self._began = time.perf_counter() - self._stall_s - self._evaluate_s
 
     def stepped(self, step: int) -> None:
         """Record the first finished step; later ones only when it is time for a record."""

@@ -97,6 +97,11 @@ _TAGS = {
     "bad_samples": "data/bad_samples",
     "skipped_steps": "train/skipped_steps",
     "failed_saves": "checkpoint/failed_saves",
+    "save_interval_steps": "checkpoint/interval_steps",
+    "ettr": "goodput/ettr",
+    "mttf_h": "goodput/mttf_h",
+    "checkpoint_overhead": "goodput/checkpoint_overhead",
+    "lost_gpu_hours": "goodput/lost_gpu_hours",
 }
 
 

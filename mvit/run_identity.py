@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "train.evaluate_every",
     "train.evaluation_batch_size",
     "train.save_every",
+    "train.node_mttf_h",
     "train.keep_last",
     "train.keep_every",
     "train.keep_best",

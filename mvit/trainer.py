@@ -12,21 +12,22 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import TrainLoader
 from data_pipeline.order import derive_seed
-from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
 from mvit.checkpoint import check_space
 from mvit.checkpoint_save import Outcome
 from mvit.config import BatchArithmetic, ConfigError, RunConfig
 from mvit.distributed import RankInfo, StopAgreement, logger, together
 from mvit.engine import Engine
-from mvit.evaluation import evaluation_loader, open_validation, run_evaluation
+from mvit.evaluation import evaluation_loader, run_evaluation
 from mvit.guard import FiniteGuard
 from mvit.life import Life, Unattended
 from mvit.life_log import LifeLog
 from mvit.metrics import RunLog, Speedometer, forward_flops, peak_flops, peak_memory_gib
 from mvit.optim import parameter_groups
 from mvit.run_checkpoints import RunCheckpoints
+from mvit.run_data import open_data
 from mvit.run_identity import claim
+from mvit.save_timing import SaveTiming
 from mvit.schedule import learning_rate
 from mvit.starting_weights import starting_weights
 from mvit.tasks import create_task
@@ -107,7 +108,7 @@ class _Run:
         self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision = fp16 does not run on CPUs; use train.precision=bf16 or fp32")
-        self.shards, self.validation = _open_data(config, ranks)
+        self.shards, self.validation = open_data(config, ranks)
         self.total_steps = config.total_steps(len(self.shards))
         together(lambda: claim(run_dir, config), "claiming the run folder", here=ranks.is_main)
         self.task: Task = create_task(config)
@@ -133,6 +134,8 @@ class _Run:
         restored = self.checkpoints.restore()
         self.life_log.restored(restored.step, time.perf_counter() - began)
         self.first_step, self.logged_step = restored.step, restored.logged_step
+        num_bytes = self.checkpoints.predicted_bytes(self.shapes)
+        self.saving = SaveTiming(config, ranks, life, first_step=self.first_step, num_bytes=num_bytes)
         # of the steps after `logged_step`
         self.loss_sum = torch.tensor(restored.loss_sum, dtype=torch.float32, device=ranks.device)
         self.guard = FiniteGuard(ranks, watch_grad_norm=config.train.precision != "fp16")
@@ -213,7 +216,7 @@ class _Run:
             if last or (self._evaluation_due(step) and not stop):
                 figures = self._evaluate(step)
                 score = self._score(figures)
-            if self.checkpoints.is_best(score) or last or stop or step % every.save_every == 0:
+            if self.checkpoints.is_best(score) or last or stop or self.saving.due(step):
                 self._save(step, score, must_succeed=last or stop)
             if stop:
                 break
@@ -280,10 +283,11 @@ class _Run:
         start = f"continuing after step {self.first_step}" if self.first_step else "starting"
         logger.info("%s: %s of %d steps, %d samples", self.config.name, start, self.total_steps, len(self.shards))
         logger.info("%.2f M parameters, ZeRO-%d, %s", parameters / 1e6, self.config.zero.stage, self.batch)
-        if self.config.train.save_every > self.total_steps:
+        save_every = self.config.train.save_every
+        if save_every is not None and save_every > self.total_steps:
             logger.warning(
                 "train.save_every = %d is more than the run's %d steps: it saves at its end or when stopped only",
-                self.config.train.save_every,
+                save_every,
                 self.total_steps,
             )
         if self.first_step == 0:
@@ -312,6 +316,7 @@ class _Run:
             "eta_s": (self.total_steps - step) * rates["step_seconds"],
             "epoch": step * self.config.train.global_batch_size / len(self.shards),
             **rates,
+            **self.saving.log_point(rates["step_seconds"]),
         }
         if self.peak is not None:
             achieved = rates["samples_per_s"] * self.flops_per_sample / self.ranks.world_size
@@ -350,6 +355,7 @@ class _Run:
     def _save(self, step: int, score: float | None, *, must_succeed: bool) -> None:
         """Begin a save (collective). One that fails is reported and the run goes on; the last one raises."""
         self.life.beat(step, "save")
+        self.saving.began(step)
         with self.life_log.saving():
             self.guard.check(self.run_dir, self.checkpoints.last)
             ended = self.checkpoints.save(
@@ -368,6 +374,7 @@ class _Run:
             if not outcome.error and not outcome.damage:
                 self.log.saved(outcome.step, outcome.seconds, outcome.stalled_s, outcome.num_bytes)
                 self.life_log.saved(outcome)
+                self.saving.published(outcome)
 
     def close(self) -> None:
         """Stop the workers and flush the log; waits for no other rank longer than a moment."""
@@ -377,21 +384,3 @@ class _Run:
         if self.evaluation_loader is not None:
             self.evaluation_loader.close()
         self.log.close()
-
-
-def _open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | None]:
-    """Open and check all shards; raises ConfigError or ShardError before any time is lost."""
-    if config.data.train is None:
-        raise ConfigError("data.train = None: training needs shards; set it to a packed folder or a pattern")
-    opened: dict[str, ShardSet] = {}
-
-    def open_all() -> None:
-        assert config.data.train is not None
-        opened["train"] = open_shards(config.data.train, cache_dir=config.data.cache_dir)
-        opened["train"].check_labels(config.model.num_classes)
-        if config.data.validation is not None:
-            opened["validation"] = open_validation(config)
-
-    for first in (True, False):  # each node's first rank fetches and indexes, the others find it done
-        together(open_all, "opening the shards", here=(ranks.local_rank == 0) == first)
-    return opened["train"], opened.get("validation")

@@ -1,0 +1,24 @@
+"""Opening the shards that a run trains and validates on."""
+
+from data_pipeline.shards import ShardSet, open_shards
+from mvit.config import ConfigError, RunConfig
+from mvit.distributed import RankInfo, together
+from mvit.evaluation import open_validation
+
+
+def open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | None]:
+    """Open and check all shards (collective); raises ConfigError or ShardError before any time is lost."""
+    if config.data.train is None:
+        raise ConfigError("data.train = None: training needs shards; set it to a packed folder or a pattern")
+    opened: dict[str, ShardSet] = {}
+
+    def open_all() -> None:
+        assert config.data.train is not None
+        opened["train"] = open_shards(config.data.train, cache_dir=config.data.cache_dir)
+        opened["train"].check_labels(config.model.num_classes)
+        if config.data.validation is not None:
+            opened["validation"] = open_validation(config)
+
+    for first in (True, False):  # each node's first rank fetches and indexes, the others find it done
+        together(open_all, "opening the shards", here=(ranks.local_rank == 0) == first)
+    return opened["train"], opened.get("validation")
