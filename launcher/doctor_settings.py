@@ -26,7 +26,7 @@ class StopTime:
 
     def __str__(self) -> str:
         step = f" and a step {self.step_s:.1f} s" if self.step_s else ""
-        return f"a save takes {self.save_s:.1f} s{step} ({self.source})"
+        return f"A save takes {self.save_s:.1f} s{step} ({self.source})"
 
 
 def slurm_findings(

@@ -267,7 +267,7 @@ def test_a_recipe_s_checkpoints_are_compared_with_the_space_and_the_lead(
     assert main([*arguments, "--run", "runs/old"]) == 1
     found = {one["check"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
     assert found["signal lead"]["level"] == "FAIL"
-    assert "a save takes 30.0 s and a step 2.0 s (the slowest of 1 save(s)" in found["signal lead"]["why"]
+    assert "A save takes 30.0 s and a step 2.0 s (the slowest of 1 save(s)" in found["signal lead"]["why"]
     assert found["signal lead"]["way_out"] == "Set signal_delay_s=100."
 
 
