@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 Handler = Callable[[argparse.Namespace], int]
@@ -24,6 +24,27 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class ShowVersion(argparse.Action):
+    """Print versions and leave. They are read from the packages' metadata: torch is not imported for it."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        import mvit
+
+        print(f"mvit {mvit.__version__}\npython {platform.python_version()}")
+        for name in ("torch", "deepspeed", "submitit"):
+            try:
+                print(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                print(f"{name}: not installed")
+        parser.exit()
+
+
 def add_command(group: "argparse._SubParsersAction", name: str, handler: Handler, text: str, example: str) -> Parser:
     parser = group.add_parser(
         name,
@@ -34,7 +55,7 @@ def add_command(group: "argparse._SubParsersAction", name: str, handler: Handler
     )
     # SUPPRESS: the default must not undo a --debug given before the command
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.set_defaults(handler=handler)
+    parser.set_defaults(handler=handler, parser=parser)
     return parser
 
 
@@ -61,6 +82,6 @@ def add_cluster(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--nodes", type=int, metavar="N", help="short for cluster.nodes=N")
 
 
-def add_follow(parser: argparse.ArgumentParser) -> None:
+def add_follow(parser: "argparse.ArgumentParser | argparse._MutuallyExclusiveGroup") -> None:
     text = "stay, show progress; exit code 0 finished, 85 stopped on request, 1 failed"
     parser.add_argument("--follow", "--wait", action="store_true", help=text)

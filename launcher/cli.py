@@ -7,16 +7,18 @@ from collections.abc import Sequence
 
 from launcher import checkpoint_commands as checkpoints
 from launcher import commands
-from launcher.arguments import Parser, add_command, add_json, add_recipe, add_run_dir
-from launcher.run_arguments import add_runs
+from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_recipe, add_run_dir
+from launcher.run_arguments import add_doctor, add_runs
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = Parser(prog="mvit", description="Train multiscale vision transformers (MViTv2) on your own cluster.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action=ShowVersion, help="show the versions of mvit and what it stands on")
     group = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_runs(group)
+    add_doctor(group)
     _add_results(group)
     _add_checkpoints(group)
     _add_prove_resume(group)
@@ -27,9 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse one command line; raises SystemExit with code 2 for what is not a command."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(arguments)
-    _take_overrides(parser, args, rest)
+    args, rest = build_parser().parse_known_args(arguments)
+    _take_overrides(args.parser, args, rest)
     return args
 
 

@@ -1,4 +1,4 @@
-"""One function per command of the command line: load what it needs, call it, print, return the exit code."""
+"""The commands that train, submit, evaluate, export, pack and measure: load what they need, call it, print."""
 
 import json
 import shlex
@@ -71,48 +71,6 @@ def resume(args: Namespace) -> int:
         enter_run(run)
         return train_inline(config, run)
     return _show_and_follow(args, submit_resume(run, config, cluster))
-
-
-def status(args: Namespace) -> int:
-    """Show a run's state; a failed run's first failure too."""
-    from launcher.failure import failure_text
-    from launcher.follow import follow
-    from launcher.run_folder import RunFolder
-    from launcher.status import run_state
-
-    run_dir = Path(args.run_dir).absolute()
-    if args.follow:
-        return follow(run_dir, as_json=args.json)
-    state = run_state(run_dir)
-    if args.json:
-        print(json.dumps(state.to_dict()))
-        return 0
-    print(state)
-    if state.state == "failed":
-        print(failure_text(RunFolder(run_dir), state.attempt))
-    return 0
-
-
-def stop(args: Namespace) -> int:
-    """Ask a run to save and end."""
-    from launcher.status import wait_for_end
-    from launcher.stop import request_stop
-
-    run_dir = Path(args.run_dir).absolute()
-    print(request_stop(run_dir), flush=True)
-    if not args.wait:
-        return 0
-    state = wait_for_end(run_dir, args.timeout)
-    print(state)
-    return 0 if state.state in ("stopped", "finished") else 1
-
-
-def cancel(args: Namespace) -> int:
-    """End a run at once."""
-    from launcher.stop import cancel as cancel_run
-
-    print(cancel_run(Path(args.run_dir).absolute()))
-    return 0
 
 
 def config(args: Namespace) -> int:

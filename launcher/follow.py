@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.failure import failure_text
+from launcher.judgement import judge, poll_interval_s
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder, parse_json_line
-from launcher.status import judge, poll_interval_s, run_state
+from launcher.status import run_state
 from launcher.stop import request_stop
+from launcher.why import failure_details
 from mvit.progress import ProgressDisplay
 
 EXIT_CODES = {"finished": 0, "stopped": EXIT_STOPPED, "failed": 1}
@@ -94,10 +95,12 @@ def _until_end(run: RunFolder, tail: RecordTail, display: ProgressDisplay) -> No
 
 def _report(run: RunFolder, console: Console, as_json: bool) -> int:
     state = run_state(run.path)
-    console.print(str(state), markup=False, highlight=False, soft_wrap=True)
     if state.state == "failed":
-        print(failure_text(run, state.attempt), file=sys.stderr, flush=True)
-    elif state.state == "stopped":
+        console.print(state.body, markup=False, highlight=False, soft_wrap=True)
+        print(f"{state.headline}\n{failure_details(run, state)}".rstrip(), file=sys.stderr, flush=True)
+    else:
+        console.print(str(state), markup=False, highlight=False, soft_wrap=True)
+    if state.state == "stopped":
         console.print(f"continue with: mvit resume {run.path}", markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(state.to_dict()), flush=True)

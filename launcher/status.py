@@ -1,19 +1,22 @@
-"""What became of a run: its state, how far it is, and which rank failed first and why."""
+"""One run at one moment: its state, how far it is, where its time went, and how its last life ended."""
 
-import subprocess
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from launcher.failure import first_failure
-from launcher.lives import is_alive_record
-from launcher.processes import identity_from, is_alive, is_local
-from launcher.run_folder import RunFolder, read_json_lines
+from launcher.judgement import AT_REST, Judgement, State, judge, last_end, poll_interval_s
+from launcher.run_folder import RunFolder, parse_json_line
+from launcher.slurm_queue import SlurmQueue
 
-State = Literal["pending", "running", "stopped", "failed", "finished"]
-_NOT_SHOWN = ("kind", "time", "total_steps")
-_QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING", "SUSPENDED")
+if TYPE_CHECKING:
+    from mvit.ledger import Account
+
+_NOT_SHOWN = ("kind", "time", "step", "total_steps", "eta_s")
+_BLOCK = 1 << 18  # bytes read at once from the end of metrics.jsonl
+_MOST_BLOCKS = 32  # a run that never evaluates is not read to its beginning
 
 
 @dataclass(frozen=True)
@@ -25,126 +28,218 @@ class RunState:
     state: State
     detail: str  # why, in one line; empty when the state says it all
     attempt: int
-    executor: str  # local | slurm | inline (`mvit train`)
+    executor: str  # local | slurm | inline (`mvit train`) | none
     job_id: str | None
+    hosts: list[str]  # of the last life that started
+    activity: str  # what it does while nothing is logged: queued, starting; empty once it trains
     step: int
     total_steps: int | None
     checkpoint_step: int
+    samples_per_s: float | None  # the last logged, as the next two
+    loss: float | None
+    eta_s: float | None  # seconds from now to the end, of a run that trains
     metrics: dict[str, Any]  # the last `train` record
     evaluation: dict[str, Any]  # the last `evaluate` record
+    evaluation_ema: dict[str, Any]  # the last of the averaged weights
+    excluded: list[dict[str, Any]]  # nodes that later lives avoid: host, until (seconds since the epoch), why
+    last_end: dict[str, Any]  # of the last life that ended: attempt, time, kind, cause, detail, reason, rank, host
+    ledger: dict[str, Any]  # where the time went: `Account` of mvit/ledger.py
+    where_time_went: str  # the same for people
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    @property
+    def at_rest(self) -> bool:
+        return self.state in AT_REST
+
+    @property
+    def headline(self) -> str:
+        return f"{self.name}: {self.state}" + (f" ({self.detail})" if self.detail else "")
+
     def __str__(self) -> str:
-        lines = [f"{self.name}: {self.state}" + (f" ({self.detail})" if self.detail else "")]
+        return f"{self.headline}\n{self.body}"
+
+    @property
+    def body(self) -> str:
+        """All but the headline."""
         job = "" if self.job_id is None else f", job {self.job_id}"
-        lines.append(f"attempt {self.attempt}, {self.executor}{job}; {self.run_dir}")
-        total = "" if self.total_steps is None else f" of {self.total_steps}"
-        saved = f"last checkpoint at step {self.checkpoint_step}" if self.checkpoint_step else "no checkpoint yet"
-        lines.append(f"step {self.step}{total}, {saved}")
-        for title, record in (("last metrics", self.metrics), ("last evaluation", self.evaluation)):
+        hosts = f" on {', '.join(self.hosts)}" if self.hosts else ""
+        lines = [f"attempt {self.attempt}, {self.executor}{job}{hosts}; {self.run_dir}"]
+        if self.activity:
+            lines.append(self.activity)
+        total, saved = "", "no checkpoint yet"
+        if self.total_steps:
+            total = f" of {self.total_steps} ({self.step / self.total_steps:.0%})"
+        if self.checkpoint_step:
+            saved = f"last checkpoint at step {self.checkpoint_step}"
+        lines.append(f"step {self.step}{total}, {saved}" + (f", {eta_text(self.eta_s)}" if self.eta_s else ""))
+        evaluated = f"evaluation at step {self.evaluation.get('step')}"
+        averaged = f"evaluation of the average at step {self.evaluation_ema.get('step')}"
+        records = {"last metrics": self.metrics, evaluated: self.evaluation, averaged: self.evaluation_ema}
+        for title, record in records.items():
             shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in _NOT_SHOWN)
             if shown:
                 lines.append(f"{title}: {shown}")
+        if self.where_time_went:
+            lines.append(self.where_time_went)
+        if self.last_end and not (self.at_rest and self.last_end["attempt"] == self.attempt):
+            kind, detail = self.last_end.get("kind") or self.last_end["cause"], self.last_end.get("detail")
+            lines.append(f"attempt {self.last_end['attempt']} ended: {kind}" + (f": {detail}" if detail else ""))
+        for node in self.excluded:
+            until = time.strftime("%Y-%m-%d %H:%M", time.localtime(node["until"]))
+            lines.append(f"excluded until {until}: {node['host']}" + (f" ({node['why']})" if node["why"] else ""))
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What a run is doing, without its figures."""
+def run_state(run_dir: str | Path, queue: SlurmQueue | None = None) -> RunState:
+    """Return a run's state with its latest figures; for a Slurm job this asks squeue, unless `queue` knows.
 
-    state: State
-    detail: str  # why, in one line; empty when the state says it all
-    attempt: int
-    executor: str  # local | slurm | inline (`mvit train`) | none
-    job_id: str | None
-
-
-def judge(run: RunFolder) -> Judgement:
-    """Find out the state of a run from its records and, where they are silent, from its processes or Slurm.
-
-    For a Slurm job this asks squeue: do not call it in a tight loop. Raises RunFolderError when this is no run.
+    Raises RunFolderError when the folder is not a run.
     """
-    events = run.events()
-    attempt = max((event["attempt"] for event in events), default=0)
-    latest = [event for event in events if event["attempt"] == attempt]
-    facts = {key: value for event in latest for key, value in event.items()}
-    state, detail = _state(run, attempt, latest, facts)
-    return Judgement(state, detail, attempt, str(facts.get("executor", "none")), facts.get("job_id"))
+    from mvit.ledger import account
 
-
-def run_state(run_dir: str | Path) -> RunState:
-    """Return a run's state with its latest figures. Raises RunFolderError when the folder is not a run."""
-    run = RunFolder(Path(run_dir))
+    run, now = RunFolder(Path(run_dir)), time.time()
     identity = run.identity()
-    judgement = judge(run)
-    records = list(read_json_lines(run.metrics_file))
-    train = next((record for record in reversed(records) if record.get("kind") == "train"), {})
-    evaluation = next((record for record in reversed(records) if record.get("kind") == "evaluate"), {})
+    judgement = judge(run, queue)
+    events = run.events()
+    records = newest_records(run.metrics_file)
+    train, evaluation = records.get("train", {}), records.get("evaluate", {})
+    starts = [event for event in events if event["event"] == "start"]
+    where = account(events, _end_of(events, judgement, now))
+    activity = _activity(run, judgement, events, train, now)
     return RunState(
         run_dir=str(run.path),
         name=str(identity.get("name")),
-        **asdict(judgement),
+        state=judgement.state,
+        detail=judgement.detail,
+        attempt=judgement.attempt,
+        executor=judgement.executor,
+        job_id=judgement.job_id,
+        hosts=list(starts[-1].get("hosts") or []) if starts else [],
+        activity=activity,
         step=int(train.get("step", 0)),
         total_steps=train.get("total_steps"),
         checkpoint_step=run.checkpoint_step(),
+        samples_per_s=train.get("samples_per_s"),
+        loss=train.get("loss"),
+        eta_s=None if activity or judgement.state != "running" else _eta_s(train, now),
         metrics=train,
         evaluation=evaluation,
+        evaluation_ema=records.get("evaluate_ema", {}),
+        excluded=excluded_nodes(events, now),
+        last_end=last_end(events) or {},
+        ledger=json.loads(json.dumps(where.to_dict())) if where.lives else {},  # lists, as a reader of --json has them
+        where_time_went=_where_time_went(where),
     )
-
-
-def _state(run: RunFolder, attempt: int, latest: list[dict[str, Any]], facts: dict[str, Any]) -> tuple[State, str]:
-    """Judge by the latest attempt: its end if recorded, else whether its processes or its job still live."""
-    if not latest:
-        return "failed", "its submission was not completed: no attempt is recorded"
-    # The last one: a job that went back to the queue has an end, and a second if it is cancelled there.
-    end = next((event for event in reversed(latest) if event["event"] == "end"), None)
-    if end is not None:
-        if end.get("requeued"):
-            return "pending", f"requeued: {end['detail']}"
-        return end["cause"], end.get("detail") or ""
-    started = any(event["event"] == "start" for event in latest)
-    running: State = "running" if started else "pending"
-    if facts["executor"] == "slurm":
-        queue = slurm_job_state(facts["job_id"])
-        if queue is None:
-            return running, "squeue is not available here: by the run's own records"
-        if queue == "":
-            return "failed", "Slurm no longer knows the job and it left no final record"
-        return ("pending" if queue in _QUEUED else running), f"Slurm says {queue}"
-    process = identity_from(facts["process"])
-    assert process is not None
-    if not is_local(process):
-        return running, f"on {process.host} or before a reboot: by the run's own records"
-    if is_alive(process) or any(is_alive_record(record) for record in run.rank_records(attempt)):
-        return running, ""
-    failure = first_failure(run, attempt)
-    return "failed", "its processes are gone without a final record" if failure is None else failure.headline
-
-
-def slurm_job_state(job_id: str) -> str | None:
-    """Return squeue's word for a job, "" if it is not in the queue, None if squeue cannot be asked."""
-    try:
-        result = subprocess.run(["squeue", "-h", "-j", job_id, "-o", "%T"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    if result.returncode != 0 and "Invalid job id" not in result.stderr:
-        return None
-    return result.stdout.strip()
-
-
-def poll_interval_s(executor: str) -> float:
-    """Return how often to ask for a run's state: Slurm's controller serves others too."""
-    return 10.0 if executor == "slurm" else 0.3
 
 
 def wait_for_end(run_dir: str | Path, timeout_s: float) -> RunState:
     """Wait until a run is stopped, failed or finished, at most `timeout_s`; return its state then."""
     run, deadline = RunFolder(Path(run_dir)), time.monotonic() + timeout_s
-    while (now := judge(run)).state in ("pending", "running") and time.monotonic() < deadline:
+    while not (now := judge(run)).at_rest and time.monotonic() < deadline:
         time.sleep(poll_interval_s(now.executor))
     return run_state(run_dir)
+
+
+def newest_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the newest record of each kind in metrics.jsonl, read from its end.
+
+    The search ends where both a training record and an evaluation are found: what an evaluation wrote besides stands
+    close to it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    rest = b""
+    try:
+        with path.open("rb") as file:
+            position = file.seek(0, 2)
+            for _ in range(_MOST_BLOCKS):
+                begin = max(0, position - _BLOCK)
+                file.seek(begin)
+                first, *lines = (file.read(position - begin) + rest).split(b"\n")
+                position, rest = begin, first
+                for line in reversed([first, *lines] if begin == 0 else lines):
+                    record = parse_json_line(line)
+                    if record is not None and "kind" in record:
+                        found.setdefault(record["kind"], record)
+                if begin == 0 or {"train", "evaluate"} <= found.keys():
+                    break
+    except FileNotFoundError:
+        pass  # nothing was logged yet
+    return found
+
+
+def excluded_nodes(events: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
+    """Return the nodes that lives which start now avoid, with the last word on each."""
+    nodes: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "exclude":
+            why = event.get("why") or {}
+            for host in event.get("hosts", ()):
+                nodes[host] = {"host": host, "until": event.get("until", 0.0), "why": why.get(host, "")}
+    return [node for node in nodes.values() if node["until"] > now]
+
+
+def eta_text(eta_s: float) -> str:
+    """Return how long it takes and when that is."""
+    from mvit.progress import format_duration
+
+    day = "%H:%M" if eta_s < 12 * 3600 else "%Y-%m-%d %H:%M"
+    return f"ETA {format_duration(eta_s)} ({time.strftime(day, time.localtime(time.time() + eta_s))})"
+
+
+def _eta_s(train: dict[str, Any], now: float) -> float | None:
+    if train.get("eta_s") is None:
+        return None
+    return max(0.0, train["eta_s"] - max(0.0, now - train.get("time", now)))
+
+
+def _activity(
+    run: RunFolder, judgement: Judgement, events: list[dict[str, Any]], train: dict[str, Any], now: float
+) -> str:
+    """Say what a run does that has not logged anything in its current life."""
+    if judgement.at_rest or not events:
+        return ""
+    latest = [event for event in events if event["attempt"] == judgement.attempt]
+    by_kind = {event["event"]: event for event in latest}
+    since = by_kind.get("start")
+    if judgement.state == "pending" or since is None or "end" in by_kind:
+        waits = "queued" if judgement.state == "pending" else "starting"
+        return f"{waits} for {_seconds(now - latest[-1]['time'])}"
+    if max(train.get("time", 0.0), by_kind.get("progress", since)["time"]) > since["time"]:
+        return ""
+    step = since.get("checkpoint_step")
+    if "first_step" in by_kind:
+        doing = "training, nothing logged yet"
+    elif "restored" in by_kind:
+        doing = "its first step"
+    else:
+        doing = f"restoring the checkpoint of step {step}" if step else "building model and data"
+    return f"starting for {_seconds(now - since['time'])}: {doing}{_slowest(run, judgement.attempt)}"
+
+
+def _slowest(run: RunFolder, attempt: int) -> str:
+    """Name the phase that the ranks' own records are in, where the guards keep it up to date."""
+    phases = {record["last_phase"] for record in run.rank_records(attempt) if record.get("last_phase")}
+    return f" (ranks are in: {', '.join(sorted(phases))})" if phases else ""
+
+
+def _end_of(events: list[dict[str, Any]], judgement: Judgement, now: float) -> float:
+    """Return until when to account: a run that ended without a record did nothing after its last sign of life."""
+    return max((event["time"] for event in events), default=now) if judgement.at_rest else now
+
+
+def _where_time_went(where: "Account") -> str:
+    """Say it if anything is known: runs of before such events were kept have lives and ends alone."""
+    if where.run_s > where.other_s:
+        return str(where)
+    return f"lives: {', '.join(f'{count} {kind}' for kind, count in where.ends.items())}" if where.ends else ""
+
+
+def _seconds(seconds: float) -> str:
+    from mvit.progress import format_duration
+
+    return f"{max(0.0, seconds):.0f} s" if seconds < 120 else format_duration(seconds)
 
 
 def _short(value: object) -> str:

@@ -1,0 +1,135 @@
+"""What a run is doing now: judged by its own records and, where they are silent, by its processes or Slurm."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.failure import first_failure
+from launcher.lives import is_alive_record
+from launcher.processes import identity_from, is_alive, is_local
+from launcher.run_folder import RunFolder
+from launcher.slurm_queue import SlurmJob, SlurmQueue, end_in_words, final_state
+
+State = Literal["pending", "running", "stopped", "failed", "finished"]
+AT_REST = ("stopped", "failed", "finished")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a run is doing, without its figures."""
+
+    state: State
+    detail: str  # why, in one line; empty when the state says it all
+    attempt: int
+    executor: str  # local | slurm | inline (`mvit train`) | none
+    job_id: str | None
+    slurm: SlurmJob | None = None  # what squeue says, where it was asked
+
+    @property
+    def at_rest(self) -> bool:
+        return self.state in AT_REST
+
+
+def judge(run: RunFolder, queue: SlurmQueue | None = None) -> Judgement:
+    """Find out the state of a run.
+
+    For a Slurm job this asks squeue, without a `queue` at every call: do not call it in a tight loop. Raises
+    RunFolderError when this is no run.
+    """
+    events = run.events()
+    attempt = max((event["attempt"] for event in events), default=0)
+    latest = [event for event in events if event["attempt"] == attempt]
+    facts = {key: value for event in latest for key, value in event.items()}
+    executor, job_id = str(facts.get("executor", "none")), facts.get("job_id")
+    end = last_end(latest)
+    slurm = None
+    if not latest:
+        state, detail = "failed", "its submission was not completed: no attempt is recorded"
+    elif end is not None and not end.get("requeued"):
+        state, detail = end["cause"], end.get("detail") or ""
+    else:
+        if executor == "slurm":
+            slurm = (queue or SlurmQueue()).job(str(job_id))
+            state, detail = _state_in_slurm(run, attempt, latest, slurm)
+        elif end is not None:
+            state, detail = "pending", f"requeued: {end.get('detail')}"
+        else:
+            state, detail = _state_of_processes(run, attempt, latest, facts)
+        if state in AT_REST and len(run.events()) > len(events):
+            return judge(run, queue)  # it wrote its end between our looking at the records and at the processes
+    return Judgement(state, detail, attempt, executor, job_id, slurm)
+
+
+def last_end(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the end that counts among one attempt's events.
+
+    The last one: a job that went back to the queue has an end, and a second if it is cancelled there.
+    """
+    return next((event for event in reversed(events) if event["event"] == "end"), None)
+
+
+def poll_interval_s(executor: str) -> float:
+    """Return how often to ask for a run's state: Slurm's controller serves others too."""
+    return 10.0 if executor == "slurm" else 0.3
+
+
+def _state_in_slurm(
+    run: RunFolder, attempt: int, latest: list[dict[str, Any]], slurm: SlurmJob | None
+) -> tuple[State, str]:
+    """Judge a Slurm job that has not recorded its last end."""
+    end = last_end(latest)
+    if slurm is None:
+        started = end is None and any(event["event"] == "start" for event in latest)
+        why = "squeue is not available here: by the run's own records"
+        return ("running", why) if started else ("pending", why if end is None else f"{_requeued(end)}; {why}")
+    if slurm.is_gone:
+        broken = _chain_broken(run, latest)
+        return ("failed", broken) if broken else _left_the_queue(run, attempt, slurm.job_id, end)
+    if end is None:
+        return ("pending" if slurm.waits else "running"), str(slurm)
+    if slurm.began_after(end["time"]):
+        return "running", f"{slurm}; the life after attempt {attempt} is starting"
+    return "pending", f"{_requeued(end)}; {slurm if slurm.waits else 'it is on its way into the queue'}"
+
+
+def _chain_broken(run: RunFolder, latest: list[dict[str, Any]]) -> str | None:
+    """Say that Slurm dropped a job because the run it waited for did not finish; None if that is not why it is gone."""
+    after = next((event["after"] for event in latest if event.get("after")), None)
+    if after is None or after["job_id"] is None or any(event["event"] == "start" for event in latest):
+        return None
+    before = judge(RunFolder(Path(after["run_dir"])))
+    if before.job_id == after["job_id"] and before.state not in ("stopped", "failed"):
+        return None
+    now = f"{after['run_dir']} is {before.state}" + (f" ({before.detail})" if before.detail else "")
+    first = "" if before.state == "finished" or not before.at_rest else f"mvit resume {after['run_dir']}, then "
+    return f"the run it waited for did not finish: {now}. Go on with: {first}mvit resume {run.path}"
+
+
+def _requeued(end: dict[str, Any]) -> str:
+    return f"requeued: {end.get('detail')}"
+
+
+def _left_the_queue(run: RunFolder, attempt: int, job_id: str, end: dict[str, Any] | None) -> tuple[State, str]:
+    """Judge a Slurm job that is no longer in the queue and left no final record."""
+    word = final_state(job_id)
+    if word == "CANCELLED":
+        step = run.checkpoint_step()
+        return "stopped", f"{end_in_words(word)}; {f'the newest checkpoint is of step {step}' if step else 'not saved'}"
+    failure = None if end is not None else first_failure(run, attempt)
+    unrecorded = f"{end_in_words(word)}; it left no final record"
+    return "failed", unrecorded if failure is None else f"{failure.headline} ({unrecorded})"
+
+
+def _state_of_processes(
+    run: RunFolder, attempt: int, latest: list[dict[str, Any]], facts: dict[str, Any]
+) -> tuple[State, str]:
+    """Judge a run of this machine that has not recorded its end."""
+    running: State = "running" if any(event["event"] == "start" for event in latest) else "pending"
+    process = identity_from(facts.get("process"))
+    if process is not None and not is_local(process):
+        return running, f"on {process.host} or before a reboot: by the run's own records"
+    alive = process is not None and is_alive(process)
+    if alive or any(is_alive_record(record) for record in run.rank_records(attempt)):
+        return running, ""
+    failure = first_failure(run, attempt)
+    return "failed", "its processes are gone without a final record" if failure is None else failure.headline
