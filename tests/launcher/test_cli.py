@@ -16,8 +16,11 @@ COMMANDS = [
     ["submit"],
     ["resume"],
     ["status"],
+    ["logs"],
+    ["why"],
     ["stop"],
     ["cancel"],
+    ["doctor"],
     ["config"],
     ["evaluate"],
     ["export"],
@@ -65,6 +68,10 @@ def test_every_command_has_help_with_an_example_that_parses(
         (["data", "pakc"], "unknown command or value 'pakc': did you mean `pack`?"),
         (["config", "x.yaml", "--nodes"], "unrecognized arguments: --nodes"),
         (["config", "x.yaml", "optim.lr"], "'optim.lr' is not a setting: write key=value"),
+        (["why", "runs/x", "--rank"], "see: mvit why --help"),
+        (["data", "pakc"], "see: mvit data --help"),
+        (["checkpoint", "list", "runs/x", "y"], "see: mvit checkpoint list --help"),
+        (["logs", "runs/x", "--rank", "1", "--all"], "not allowed with argument"),
     ],
 )
 def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(
@@ -74,6 +81,23 @@ def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(
         main(arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_versions_are_shown_without_importing_what_they_are_of() -> None:
+    program = (
+        "import sys\nfrom launcher.cli import main\n"
+        "try: main(['--version'])\nexcept SystemExit as end: assert end.code == 0\n"
+        "print('HEAVY', sorted({'torch', 'deepspeed', 'submitit'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in result.stdout.splitlines()[:-1]] == [
+        "mvit",
+        "python",
+        "torch",
+        "deepspeed",
+        "submitit",
+    ]
+    assert "HEAVY []" in result.stdout
 
 
 @pytest.mark.parametrize("key", ["cluster.ranks_per_node", "ranks_per_node"])
