@@ -108,7 +108,7 @@ class TrainJob:
             _leave_now(EXIT_FAILED)
         if result.stopped:
             print(f"stopped at step {result.step} of {result.total_steps} on request ({stop.cause})", flush=True)
-            sys.exit(EXIT_STOPPED)  # SystemExit: submitit writes no result for it
+            _leave_now(EXIT_STOPPED)  # all is saved and closed; taking the interpreter apart costs grace time
         return {"step": result.step, "metrics": dict(result.metrics)}
 
 

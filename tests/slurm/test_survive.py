@@ -56,9 +56,9 @@ def _check_whole(job: TrainingJob, undisturbed: TrainingJob, lives: int) -> None
     assert job.losses() == undisturbed.losses()
     reader = EventAccumulator(str(job.run_dir / "tensorboard"), size_guidance={"scalars": 0})
     reader.Reload()
-    curve = [(event.step, event.value) for event in reader.Scalars("train/loss")]
-    assert [step for step, _ in curve] == list(range(1, STEPS + 1))
-    assert curve == pytest.approx(job.losses(), rel=1e-6)
+    curve = reader.Scalars("train/loss")
+    assert [point.step for point in curve] == list(range(1, STEPS + 1))
+    assert [point.value for point in curve] == pytest.approx([loss for _, loss in job.losses()], rel=1e-6)
     starts = [event["checkpoint_step"] for event in job.events("start")]
     assert starts == sorted(starts)
 
