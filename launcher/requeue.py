@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.ending import Ending, classify
 from launcher.lives import record_end
 from launcher.policy import Budgets, Decision, decide, excluded
+from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder
 from launcher.slurm import read_slurm
 
@@ -59,9 +61,33 @@ def _affordable(nodes: dict[str, tuple[float, str]]) -> dict[str, tuple[float, s
 
 def is_orphan(job_id: str, restart_count: int) -> bool:
     """Tell whether Slurm has requeued this job already: its node was given up, or somebody else asked for it."""
+    return _job_facts(job_id).get("Restarts") != str(restart_count)
+
+
+def is_cancelled(job_id: str) -> bool:
+    """Tell whether somebody cancels this job (`scancel`), so that it must not come back.
+
+    Slurm ends the job while this script still runs, and not for its time limit. Measured with Slurm 22.05: a requeue,
+    by a preemption too, has counted a restart by now, a time limit gives its name as the reason, a cancel gives none.
+    """
+    facts = _job_facts(job_id)
+    return facts.get("JobState") == "COMPLETING" and facts.get("Reason") == "None"
+
+
+def record_cancel(run: RunFolder, attempt: int, exit_code: int) -> None:
+    """Append the end of a life that was cancelled, unless `mvit cancel` has done so."""
+    if any(event["event"] == "end" and event["attempt"] == attempt for event in run.events()):
+        return
+    saved = ", everything saved" if exit_code == EXIT_STOPPED else ""
+    ending = replace(
+        classify(run, attempt, exit_code), kind="cancelled", detail=f"cancelled in Slurm (scancel){saved}", blamed=()
+    )
+    record_end(run, attempt, ending, requeued=False, reason="somebody cancelled the job", exit_code=exit_code)
+
+
+def _job_facts(job_id: str) -> dict[str, str]:
     shown = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, check=True).stdout
-    restarts = [word.partition("=")[2] for word in shown.split() if word.startswith("Restarts=")]
-    return restarts != [str(restart_count)]
+    return {key: value for key, _, value in (word.partition("=") for word in shown.split())}
 
 
 def _scontrol(*arguments: str) -> str | None:
@@ -81,6 +107,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"Slurm has requeued the job already: life {restart_count} of it neither requeues nor records anything")
         return 0
     attempt = first_attempt + restart_count
+    if is_cancelled(job_id):
+        record_cancel(run, attempt, exit_code)
+        print("cancelled in Slurm: no requeue", flush=True)
+        return 0
     ending, decision = after_life(run, attempt, exit_code, budgets)
     verdict = "requeue" if decision.requeue else "no requeue"
     print(f"{ending.kind}: {ending.detail}; {verdict}: {decision.reason}", flush=True)

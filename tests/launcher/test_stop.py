@@ -6,6 +6,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.judgement import judge
+from launcher.requeue import main as requeue_at_the_end
 from launcher.run_folder import RunFolder
 from launcher.stop import request_stop
 from launcher.submit import refuse_active
@@ -124,3 +125,26 @@ def test_cancel_with_wait_returns_when_no_process_is_left(project: Project) -> N
     assert "no process of it is left" in result.stdout
     wait_until(lambda: not project.processes(), timeout=5)
     assert project.status()["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("shown", "cancelled"),
+    [
+        ("JobState=RUNNING Reason=None Restarts=0", False),
+        ("JobState=COMPLETING Reason=None Restarts=0", True),
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=0", False),
+    ],
+)
+def test_a_job_that_somebody_cancels_in_slurm_does_not_come_back(
+    run: RunFolder, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, shown: str, cancelled: bool
+) -> None:
+    _start(run, 1)
+    (slurm.folder / "ended").write_text(f"JobId=7 JobName=trial Requeue=1 {shown}\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    written.rank(run, 1, 0, exit_code=85, signals=[{"name": "SIGTERM", "time": 0.0}])
+    requeue_at_the_end([str(run.path), "1", "{}", "", "85"])
+    end = next(event for event in run.events() if event["event"] == "end")
+    assert (end["kind"] == "cancelled") is cancelled
+    assert end["requeued"] is not cancelled
+    assert (slurm.calls("scontrol requeue") == ["scontrol requeue 7"]) is not cancelled
