@@ -29,7 +29,7 @@ class SaveTiming:
         self._schedule = SaveSchedule(
             config.train.save_every, keep_every=config.train.keep_every, first_step=first_step, setting=setting
         )
-        self._meter = Meter(self._goodput())
+        self._meter = Meter(life.goodput() if ranks.is_main else {})
         self._learn()
 
     def log_point(self, step_s: float) -> dict[str, float]:

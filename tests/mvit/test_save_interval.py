@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import mvit
 from mvit.checkpoint import list_steps, publications, read_manifest
 from mvit.ledger import account
+from mvit.life import Unattended
 from mvit.save_interval import CAP_S, Measured, Meter, SaveSchedule, Setting, daly, derive, young
 from tests.mvit.simulated_run import Simulation
-from tests.mvit.test_training import records
+from tests.mvit.test_training import records, tiny_config
 
 LARGE = Setting(num_nodes=26, node_mttf_h=1000, rank_bytes=3_000_000_000, asynchronous=True)
 
@@ -185,8 +188,13 @@ def test_a_life_starts_from_what_earlier_lives_measured() -> None:
 # --- a whole run ----------------------------------------------------------------------------------------------
 
 
+class _Productive(Unattended):
+    def goodput(self) -> dict[str, float]:
+        return {"ettr": 0.9, "lost_gpu_hours": 1.5, "failures": 0.0}
+
+
 def test_a_run_with_derived_saves_ends_with_the_same_weights(
-    train: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    train: Callable[..., Any], digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """When it saves is no part of what it computes: stopped, resumed, and compared with saves at given steps."""
     short: dict[str, Any] = {"schedule": {"epochs": 0.54}, "data": {"validation": None}}
@@ -201,7 +209,12 @@ def test_a_run_with_derived_saves_ends_with_the_same_weights(
     intervals = [record["save_interval_steps"] for record in records(run_dir)]
     assert len(intervals) == 12
     assert all(interval >= 1 for interval in intervals)
-    train(name="given", train={"save_every": 5}, **short)
+    given = tiny_config(digits, tmp_path, "given", train={"save_every": 5}, **short)
+    mvit.train(given, show_progress=False, life=_Productive())
+    assert {record.get("ettr") for record in records(given.run_dir)} == {0.9, None}, "once a minute"
+    events = EventAccumulator(str(given.run_dir / "tensorboard"))
+    events.Reload()
+    assert {"goodput/ettr", "goodput/lost_gpu_hours"} <= set(events.Tags()["scalars"])
     finals = [read_manifest(tmp_path / name / "checkpoints" / "step_00000012") for name in ("run", "given")]
     hashes = [[file["sha256"] for file in manifest.files] for manifest in finals]
     assert hashes[0] == hashes[1]
