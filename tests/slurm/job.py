@@ -74,7 +74,7 @@ class TrainingJob:
         steps = [record["step"] for record in records(self.run_dir)] if file.exists() else []
         return max(steps, default=0)
 
-    def wait(self, condition: Callable[[], object], what: str, timeout_s: float = 180) -> float:
+    def wait(self, condition: Callable[[], object], what: str, timeout_s: float = 300) -> float:
         """Wait for a condition and return the time (since the epoch) at which it was seen."""
         end = time.monotonic() + timeout_s
         while not condition():
@@ -84,7 +84,7 @@ class TrainingJob:
             time.sleep(0.1)
         return time.time()
 
-    def wait_for_life(self, life: int, timeout_s: float = 180) -> dict[str, Any]:
+    def wait_for_life(self, life: int, timeout_s: float = 300) -> dict[str, Any]:
         """Wait until a life has finished its first step and return the event that says so."""
         found: list[dict[str, Any]] = []
 
@@ -95,10 +95,10 @@ class TrainingJob:
         self.wait(productive, f"the first step of life {life}", timeout_s)
         return found[0]
 
-    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 300) -> None:
         self.wait(lambda: self.step() >= step, f"step {step}", timeout_s)
 
-    def wait_finished(self, timeout_s: float = 240) -> None:
+    def wait_finished(self, timeout_s: float = 400) -> None:
         self.wait(lambda: self.ends() and self.ends()[-1]["kind"] == "finished", "the end of the run", timeout_s)
         self.cluster.wait_job(self.job_id, lambda job: job["JobState"] == "COMPLETED", 30)
 

@@ -199,6 +199,7 @@ def test_time_limit_and_preemption_without_warning(
         job = _job(quiet, digits, tmp_path, "limited", f"{slow},slow@50,slow@51", **limits).submit()
         job.wait(lambda: job.ends(), "the signal before the time limit")
         saved = job.ends()[0]["time"]
+        quiet.run("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=60")  # the next life is to be preempted
         told("time limit: saved to the next finished step", job.wait_for_life(2)["time"] - saved)
         end = _check_life(job, 1, "signalled", lost_at_most=0)
         assert "USR2" in end["detail"]
