@@ -8,6 +8,7 @@ from mvit.checkpoint_save import Outcome
 from mvit.life import Life
 
 _REST_S = 10.0  # between two records of progress; a lost node's work is known this well
+_REST_SHARE = 0.01  # of a long life, so that a month of training is a thousand lines and not 260,000
 
 
 class LifeLog:
@@ -59,9 +60,12 @@ class LifeLog:
 
     def progress(self, step: int, *, now: bool = False) -> None:
         """Record how far the life is and what its time went into, unless that was done a moment ago."""
-        if self._began is None or (not now and time.perf_counter() - self._told < _REST_S):
+        if self._began is None:
             return
-        self._told = time.perf_counter()
+        moment = time.perf_counter()
+        if not now and moment - self._told < max(_REST_S, _REST_SHARE * (moment - self._began)):
+            return
+        self._told = moment
         training = self._told - self._began - self._stall_s - self._evaluate_s
         parts = {
             "train_s": training,
