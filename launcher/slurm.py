@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 TIMEOUT_S = 10.0  # without its slurm.conf, scontrol tries again for a minute
-_DOWN = ("DOWN", "FAIL", "ERROR", "NOT_RESPONDING")
-_UNUSABLE = (*_DOWN, "DRAIN", "INVAL", "FUTURE", "MAINT")
+_UNUSABLE = ("DOWN", "DRAIN", "FAIL", "ERROR", "INVAL", "FUTURE", "NOT_RESPONDING", "MAINT")
 _PAIR = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)")
 _SETTING = re.compile(r"^(\S+)\s*=[ \t]?(.*)$", re.MULTILINE)
 _NOTHING = ("", "(null)", "N/A", "NONE", "UNLIMITED", "INFINITE", "NOT_SET")
@@ -51,11 +50,6 @@ class Node:
     def is_usable(self) -> bool:
         """Whether a job could start here once it is free."""
         return not any(state.startswith(_UNUSABLE) for state in self.states)
-
-    @property
-    def is_down(self) -> bool:
-        """Whether Slurm has lost it: a drained node still runs what it runs."""
-        return any(state.startswith(_DOWN) for state in self.states)
 
 
 @dataclass(frozen=True)
@@ -107,12 +101,6 @@ def read_slurm() -> SlurmFacts | None:
     settings = parse_settings(config)
     off = settings.get("AccountingStorageType", "accounting_storage/none").endswith("/none")
     return SlurmFacts(settings, parse_partitions(partitions), parse_nodes(nodes), None if off else _read_accounting())
-
-
-def nodes_down() -> frozenset[str]:
-    """Return the names of the nodes that Slurm has lost; none where it does not answer."""
-    shown = _ask("scontrol", "-o", "-a", "show", "node")
-    return frozenset(node.name for node in parse_nodes(shown or "") if node.is_down)
 
 
 def expand_hostlist(text: str) -> tuple[str, ...] | None:

@@ -7,7 +7,6 @@ import pytest
 
 from launcher.slurm import (
     expand_hostlist,
-    nodes_down,
     parse_accounting,
     parse_minutes,
     parse_nodes,
@@ -96,14 +95,6 @@ def test_gpus_are_counted_however_they_are_written(line: str, gpus: int) -> None
 )
 def test_a_node_is_usable_unless_a_state_forbids_it(state: str, is_usable: bool) -> None:
     assert parse_nodes(f"NodeName=n State={state} Reason=a few words=x [root@now]")[0].is_usable is is_usable
-
-
-def test_a_node_is_down_when_slurm_has_lost_it_not_when_it_is_drained(answering: Path) -> None:
-    assert nodes_down() == frozenset()  # node4 is drained
-    lines = recorded.read("node").splitlines()
-    lost = "\n".join([lines[0], lines[1].replace("State=IDLE", "State=DOWN*"), lines[2].replace("IDLE", "IDLE*")])
-    (answering / "scontrol").write_text(f"#!/bin/sh\ncat <<'END'\n{lost}\nEND\n")
-    assert nodes_down() == {node.name for node in parse_nodes("\n".join(lines[1:3]))}
 
 
 def test_accounts_and_qos_are_those_that_exist_and_those_of_the_user() -> None:
