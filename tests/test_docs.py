@@ -11,7 +11,10 @@ from mvit.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXPECTED = {"training", "data", "checkpoints", "launching", "debugging", "reproducing", "benchmarks", "decisions"}
+EXPECTED = {"training", "data", "checkpoints", "launching", "ledger", "doctor", "debugging", "reproducing"} | {
+    "benchmarks",
+    "decisions",
+}
 
 
 def _code(text: str) -> list[str]:
