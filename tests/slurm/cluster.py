@@ -135,6 +135,12 @@ class Cluster:
         self._boot(node)
         self.wait_nodes(UP, [node])
 
+    def forget_jobs(self) -> None:
+        """Restart the controller without its memory of jobs: what MinJobAge does some minutes after a job's end."""
+        self._daemons.end("slurmctld")
+        self._start_controller()
+        self.wait_nodes(UP)
+
     def kill_slurmd(self, node: str) -> None:
         """Kill the slurmd daemon of a node; its steps live on. To mend it, cut the power and switch it on."""
         for pid in nodes.slurmd_pids(self._daemons, node):
@@ -207,10 +213,13 @@ class Cluster:
             accounting.enrol(self.root, {**clean_environment(), **self.env}, ("root", "nobody"))
         if self.settings.accounting == "shim":
             accounting.install_shim(self.root)
-        self._daemons.start("slurmctld", [program("slurmctld"), "-D", "-c", "-f", f"{self.root}/slurm.conf"])
+        self._start_controller()
         for name in self.names:
             self._boot(name)
         self.wait_nodes("idle")
+
+    def _start_controller(self) -> None:
+        self._daemons.start("slurmctld", [program("slurmctld"), "-D", "-c", "-f", f"{self.root}/slurm.conf"])
 
     def _boot(self, name: str) -> None:
         spool = self.root / "spool" / name
