@@ -103,6 +103,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, show_progress: bool, life: Life) -> None:
         self.config, self.run_dir, self.ranks, self.life = config, run_dir, ranks, life
+        self.step = 0
         life.beat(0, "start")
         self.life_log = LifeLog(life, active=ranks.is_main)
         self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
@@ -228,6 +229,7 @@ class _Run:
         self.engine.train()
         found = []
         for accumulation in range(self.batch.accumulation_steps):
+            self.step = step
             self.life.beat(step, "data")
             asked = time.perf_counter()
             batch = next(batches)
@@ -378,7 +380,7 @@ class _Run:
 
     def close(self) -> None:
         """Stop the workers and flush the log; waits for no other rank longer than a moment."""
-        self.life.beat(self.first_step, "end")
+        self.life.beat(self.step, "end")
         self.loader.close()
         self.checkpoints.close()
         if self.evaluation_loader is not None:
