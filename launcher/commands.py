@@ -38,7 +38,7 @@ def submit(args: Namespace) -> int:
     """Create a run, or a chain of runs, and submit it."""
     from launcher.chain import ChainError, Step, check_chain, dry_run_chain, plan_chain, run_chain_here, submit_chain
 
-    steps = [Step(args.recipe, *_split(args)), *(Step(*_split_step(text)) for text in args.then)]
+    steps = [Step(args.recipe, *split_overrides(args)), *(Step(*_split_step(text)) for text in args.then)]
     chain = plan_chain(steps, args.cluster, evaluate=args.then_evaluate, after=args.after)
     if args.dry_run:
         print(dry_run_chain(chain))
@@ -64,7 +64,7 @@ def resume(args: Namespace) -> int:
     from launcher.submit import enter_run, resumed_config, saved_cluster, submit_resume
 
     run = RunFolder(Path(args.run_dir).absolute())
-    of_recipe, of_cluster = _split(args)
+    of_recipe, of_cluster = split_overrides(args)
     cluster = load_cluster(args.cluster, of_cluster) if args.cluster else saved_cluster(run, of_cluster)
     config = resumed_config(run, of_recipe)
     if cluster is None:
@@ -276,7 +276,7 @@ def _split_step(text: str) -> tuple[str, list[str], list[str]]:
     return recipe, *_split_words(words)
 
 
-def _split(args: Namespace) -> tuple[list[str], list[str]]:
+def split_overrides(args: Namespace) -> tuple[list[str], list[str]]:
     of_recipe, of_cluster = _split_words(args.overrides)
     if args.nodes is not None:
         of_cluster.append(f"nodes={args.nodes}")

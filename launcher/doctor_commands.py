@@ -14,7 +14,7 @@ _OUTPUT_DIR = "runs"  # a recipe's default, too
 def doctor(args: Namespace) -> int:
     """Examine a cluster for a run; exit code 0 only if nothing fails."""
     from launcher.cluster import load_cluster, place
-    from launcher.commands import _split as split_overrides
+    from launcher.commands import split_overrides
     from launcher.doctor import examine
     from launcher.run_folder import RunFolder
 
