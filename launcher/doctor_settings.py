@@ -108,9 +108,9 @@ def _preemption(facts: SlurmFacts, partition: Partition | None, stop: StopTime |
             "preemption signal",
             "WARN",
             "preempt_send_user_signal is off",
-            "A preempted job gets SIGTERM instead of USR2. Ranks save on both, but only USR2 reaches them for sure.",
+            "A preempted job gets SIGTERM instead of USR2: ranks save on it, too, but what `setup` started may end by it.",
             f"{_ADMIN}: SlurmctldParameters=preempt_send_user_signal (PreemptParameters=send_user_signal in newer "
-            "versions). Until then, a smaller train.save_every loses less.",
+            "versions).",
         )
     yield _grace(facts, partition, stop)
 
