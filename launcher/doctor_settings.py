@@ -108,7 +108,7 @@ def _preemption(facts: SlurmFacts, partition: Partition | None, stop: StopTime |
             "preemption signal",
             "WARN",
             "preempt_send_user_signal is off",
-            "A preempted job gets SIGTERM instead of USR2: ranks save on it, too, but what `setup` started may end by it.",
+            "A preempted job gets SIGTERM instead of USR2: ranks save on it, but what `setup` started may end.",
             f"{_ADMIN}: SlurmctldParameters=preempt_send_user_signal (PreemptParameters=send_user_signal in newer "
             "versions).",
         )
