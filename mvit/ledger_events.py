@@ -158,8 +158,9 @@ def _points(base: int | None, progress: Sequence[Event]) -> tuple[tuple[int, flo
     for event in progress:
         step, seconds = _whole(event, "step"), _number(event, "train_s")
         if step is not None and seconds is not None and step >= points[-1][0] and seconds >= points[-1][1]:
-            points = [*(point for point in points[1:] if point[0] < step), (step, seconds)]
-            points.insert(0, (base, 0.0))
+            while len(points) > 1 and points[-1][0] == step:
+                points.pop()  # the last word on a step counts
+            points.append((step, seconds))
     return tuple(points)
 
 
