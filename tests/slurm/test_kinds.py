@@ -175,7 +175,7 @@ def test_a_job_survives_and_stops_under_every_kind_of_process_tracking(
     if tracking == "cgroup" and (reason := cgroups.refused()):
         pytest.skip(f"no cgroups for the nodes here: {reason}")
     with job_on(replace(QUICK, proctrack=tracking), tmp_path) as job:
-        job.submit(*LONG)
+        job.submit(*LONG, "num_workers=1")
         job.wait_for_life(1)
         os.kill(job.rank_processes()[1], signal.SIGKILL)
         job.wait_for_life(2, "killed rank")
