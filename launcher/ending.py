@@ -56,7 +56,7 @@ def classify(run: RunFolder, attempt: int, exit_code: int | None) -> Ending:
     if exit_code == 0:
         return Ending("finished", "the run is complete", step=_last_step(records))
     codes = [record.get("exit_code") for record in records]
-    if exit_code == EXIT_STOPPED or (exit_code is None and codes and all(code == EXIT_STOPPED for code in codes)):
+    if exit_code == EXIT_STOPPED or EXIT_STOPPED in codes:  # one that left this way knows that all have saved
         asked = run.stop_file(attempt).exists()
         detail = "stopped by `mvit stop`" if asked else f"told to stop ({_signals_seen(records) or 'by signal'})"
         return Ending("user_stop" if asked else "signalled", f"{detail}, everything saved", step=_last_step(records))

@@ -49,8 +49,18 @@ def close_attempt_if_over(run: RunFolder, attempt: int, world_size: int) -> None
 
 def close_lost_attempts(run: RunFolder, before: int) -> None:
     """Append an end to earlier attempts that have none: a lost node or a requeue by Slurm leaves nobody to write it."""
-    events = run.events()
-    ended = {event["attempt"] for event in events if event["event"] == "end"}
-    for attempt in sorted({event["attempt"] for event in events} - ended):
-        if attempt < before:
-            record_end(run, attempt, classify(run, attempt, None), requeued=False, reason="Slurm started the next life")
+    ended, started, submitted = _attempts(run, "end"), _attempts(run, "start"), _attempts(run, "submit")
+    for attempt in sorted((started | submitted) - ended):
+        if attempt >= before:
+            continue
+        again = attempt + 1 in submitted
+        if again and attempt not in started:
+            ending = Ending("cancelled", "cancelled in the queue, before its ranks started")
+        else:
+            ending = classify(run, attempt, None)
+        reason = "submitted again" if again else "Slurm itself sent the job back to the queue"
+        record_end(run, attempt, ending, requeued=False, reason=reason)
+
+
+def _attempts(run: RunFolder, kind: str) -> set[int]:
+    return {event["attempt"] for event in run.events() if event["event"] == kind}

@@ -8,6 +8,7 @@ import pytest
 from launcher import ending
 from launcher.claims import check_claim, claim_life, owner_of
 from launcher.ending import classify
+from launcher.lives import close_lost_attempts
 from launcher.preemption import EXIT_FAILED, EXIT_FENCED, EXIT_HUNG, EXIT_STOPPED
 from launcher.run_folder import RunFolder, rank_file, write_json
 from mvit.life import Superseded
@@ -58,6 +59,23 @@ def test_all_ranks_saved_on_request(run: RunFolder) -> None:
     assert "SIGUSR2" in classify(run, 1, EXIT_STOPPED).detail
     run.stop_file(1).touch()
     assert classify(run, 1, EXIT_STOPPED).kind == "user_stop"
+
+
+def test_a_stop_is_whole_though_a_rank_was_killed_while_it_left(run: RunFolder) -> None:
+    """Ranks leave with 85 after a collective save; what ends a slow one afterwards harms nothing."""
+    _rank(run, 0, **_ended(None, 9.5, "SIGKILL"))
+    for rank in (1, 2, 3):
+        _rank(run, rank, **_ended(EXIT_STOPPED, 9.0))
+    assert classify(run, 1, 137).kind == "signalled"
+
+
+def test_a_life_that_was_cancelled_in_the_queue_is_no_failure(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.append_event("submit", 1, executor="slurm", job_id="7")
+    run.append_event("submit", 2, executor="slurm", job_id="8")
+    close_lost_attempts(run, before=2)
+    end = run.events()[-1]
+    assert (end["attempt"], end["kind"], end["reason"]) == (1, "cancelled", "submitted again")
 
 
 def test_a_killed_rank_comes_before_the_exceptions_that_follow_from_it(run: RunFolder) -> None:
