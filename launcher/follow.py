@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.judgement import judge, poll_interval_s
+from launcher.judgement import judge_now_and_when_again
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder, parse_json_line
 from launcher.status import run_state
@@ -79,10 +79,10 @@ def follow(run_dir: Path, as_json: bool = False) -> int:
 
 
 def _until_end(run: RunFolder, tail: RecordTail, display: ProgressDisplay) -> None:
-    shown, judged_at, judgement = None, float("-inf"), None
+    (judgement, again_at), shown = judge_now_and_when_again(run), None
     while True:
-        if judgement is None or time.monotonic() - judged_at >= poll_interval_s(judgement.executor):
-            judgement, judged_at = judge(run), time.monotonic()
+        if time.monotonic() >= again_at:
+            judgement, again_at = judge_now_and_when_again(run)
         for record in tail.read():  # after the judgement: what was written before an end is then all shown
             display.update(record)
         if judgement.state in EXIT_CODES:

@@ -1,5 +1,6 @@
 """What a run is doing now: judged by its own records and, where they are silent, by its processes or Slurm."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,16 @@ def last_end(events: list[dict[str, Any]]) -> dict[str, Any] | None:
 def poll_interval_s(executor: str) -> float:
     """Return how often to ask for a run's state: Slurm's controller serves others too."""
     return 10.0 if executor == "slurm" else 0.3
+
+
+def judge_now_and_when_again(run: RunFolder) -> tuple[Judgement, float]:
+    """Judge a run that is being watched, and return when to do so again, on the clock of time.monotonic().
+
+    The record of a run of weeks takes a while to read: at most a tenth of the time is spent on it.
+    """
+    began = time.monotonic()
+    found, ended = judge(run), time.monotonic()
+    return found, ended + max(poll_interval_s(found.executor), 10 * (ended - began))
 
 
 def _state_in_slurm(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.judgement import judge, poll_interval_s
+from launcher.judgement import judge, judge_now_and_when_again
 from launcher.run_folder import RunFolder, RunFolderError
 
 Kind = Literal["log", "stacks", "submitit"]
@@ -33,11 +33,12 @@ class LogFile:
     path: Path
 
 
-def attempts_with(run: RunFolder, wanted: Wanted) -> list[int]:
-    """Return the attempts that have such files of the rank wanted."""
-    numbers = (path.name.removeprefix("attempt_") for path in run.attempt_dir(1).parent.glob("attempt_*"))
-    known = {int(number) for number in numbers if number.isdigit()} | {event["attempt"] for event in run.events()}
-    return [attempt for attempt in sorted(known) if log_files(run, attempt, wanted)]
+def attempts_with(run: RunFolder, wanted: Wanted, after: int = 0) -> list[int]:
+    """Return the attempts, those after one, that have such files of the rank wanted."""
+    folders = [path for top in (run.attempt_dir(1), run.submitit_dir(1)) for path in top.parent.glob("attempt_*")]
+    numbers = {path.name.removeprefix("attempt_") for path in folders}
+    known = sorted(int(number) for number in numbers if number.isdigit())
+    return [attempt for attempt in known if attempt > after and log_files(run, attempt, wanted)]
 
 
 def log_files(run: RunFolder, attempt: int, wanted: Wanted) -> list[LogFile]:
@@ -98,12 +99,12 @@ def follow_logs(
     life = attempt or (found[-1] if found else 0)
     tails: dict[Path, _Tail] = {}
     keep = _FIRST_LINES if num_lines is None else num_lines
-    now, judged_at, told = judge(run), time.monotonic(), None
+    (now, again_at), told = judge_now_and_when_again(run), None
     while True:
-        if time.monotonic() - judged_at >= poll_interval_s(now.executor):
-            now, judged_at = judge(run), time.monotonic()
+        if time.monotonic() >= again_at:
+            now, again_at = judge_now_and_when_again(run)
         over = now.at_rest  # looked up before the files are read: what was written before the end is then all shown
-        following = [number for number in attempts_with(run, wanted) if number > life]
+        following = attempts_with(run, wanted, after=life)
         files = log_files(run, life, wanted) if life else []
         for file in files:
             tail = tails.setdefault(file.path, _Tail(file.path, keep))

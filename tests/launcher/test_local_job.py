@@ -41,7 +41,7 @@ def test_a_killed_rank_ends_the_job_within_seconds_and_its_signal_is_named(proje
     assert "rank 1 on " in errors
     state = project.status()
     assert state["state"] == "failed"
-    assert f"rank 1 (pid {pids[1]}) died: killed by SIGKILL" in state["detail"]
+    assert f"(pid {pids[1]}) died: killed by SIGKILL" in state["detail"]
     wait_until(lambda: not project.processes(), timeout=10)
 
 

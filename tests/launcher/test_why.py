@@ -205,3 +205,17 @@ def test_the_failure_of_a_real_job_is_told(project: Project) -> None:
     assert f"(pid {pids[1]}) died: killed by SIGKILL" in result.stdout
     assert "rank 1 of 2 trains from step 0" in result.stdout  # the end of its log
     assert "what followed: not requeued: a local job is not restarted by itself" in result.stdout
+
+
+def test_the_hang_of_a_real_job_is_told_with_the_line_it_stood_in(project: Project) -> None:
+    faults = "cluster.env.MVIT_FAULTS=hang@20:1"
+    result = project.submit("steps=100000", "step_s=0.1", "cluster.hang_timeout_s=3", faults, follow=True)
+    assert result.returncode == 1
+    assert "stood still in step 20 (compute)" in result.stderr
+    told = project.mvit("why", str(project.run_dir))
+    assert ": hung\n  rank 1 on " in told.stdout
+    assert "1 rank(s) in compute of step 20: 1" in told.stdout
+    assert "rank_0001.stacks.txt" in told.stdout
+    assert "in _hang" in told.stdout  # the line of code
+    stacks = project.mvit("logs", str(project.run_dir), "--stacks").stdout
+    assert stacks.count("==> ") == 2
