@@ -138,7 +138,8 @@ class _Watch:
 
     def _forward(self, signum: int) -> None:
         os.kill(self._pid, signum)
-        self._record["signals"] = [*self._record["signals"], {"name": signal.Signals(signum).name, "time": time.time()}]
+        received = {"name": signal.Signals(signum).name, "time": time.time()}
+        self._record |= {"signals": [*self._record["signals"], received]} | self._last_beat()
         self._write()  # at once: SIGKILL may be next
 
     def _look(self) -> None:
