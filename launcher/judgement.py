@@ -9,7 +9,7 @@ from launcher.failure import first_failure
 from launcher.lives import is_alive_record
 from launcher.processes import identity_from, is_alive, is_local
 from launcher.run_folder import RunFolder
-from launcher.slurm_queue import SlurmJob, SlurmQueue, end_in_words, final_state
+from launcher.slurm_queue import NEVER_SATISFIED, SlurmJob, SlurmQueue, end_in_words, final_state
 
 State = Literal["pending", "running", "stopped", "failed", "finished"]
 AT_REST = ("stopped", "failed", "finished")
@@ -123,7 +123,7 @@ def _requeued(end: dict[str, Any]) -> str:
 def _left_the_queue(run: RunFolder, attempt: int, job_id: str, end: dict[str, Any] | None) -> tuple[State, str]:
     """Judge a Slurm job that is no longer in the queue and left no final record."""
     word = final_state(job_id)
-    if word == "CANCELLED":
+    if word in ("CANCELLED", NEVER_SATISFIED):
         step = run.checkpoint_step()
         return "stopped", f"{end_in_words(word)}; {f'the newest checkpoint is of step {step}' if step else 'not saved'}"
     failure = None if end is not None else first_failure(run, attempt)

@@ -58,7 +58,9 @@ def find_runs(folder: Path) -> list[Path]:
         here = Path(path)
         if "run.json" in files:
             found.append(here)
-        if "run.json" in files or len(here.parts) - top >= _DEPTH:
+        if "run.json" in files:
+            folders[:] = [name for name in folders if name == "evaluation"]  # the last job of a chain has its own
+        elif len(here.parts) - top >= _DEPTH:
             folders.clear()
         folders[:] = [name for name in folders if not name.startswith(".")]
     if not found:

@@ -46,7 +46,9 @@ _REASONS = {
     "AccountNotAllowed": "its account may not use this partition: `mvit cancel`, then `mvit resume` with another one",
     "QOSNotAllowed": "its QOS may not use this partition: `mvit cancel`, then `mvit resume` with another one",
 }
+NEVER_SATISFIED = "DependencyNeverSatisfied"
 _ENDS = {  # Slurm's final state → in words
+    NEVER_SATISFIED: "the job it depends on did not end as required, so Slurm cancelled it",
     "CANCELLED": "it was cancelled in Slurm (scancel), not by `mvit cancel`",
     "TIMEOUT": "Slurm ended it at its time limit before it had saved: a larger signal_delay_s= gives it more time",
     "NODE_FAIL": "a node was lost and Slurm did not requeue it",
@@ -143,10 +145,13 @@ def ask_squeue(job_ids: Sequence[str]) -> dict[str, SlurmJob] | None:
 
 
 def final_state(job_id: str) -> str | None:
-    """Return Slurm's word for how a job ended, None if neither the controller nor the accounting remembers it."""
+    """Return Slurm's word for how a job ended, None if neither the controller nor the accounting remembers it.
+
+    Of a job that Slurm cancelled for a dependency's sake, the reason: it was nobody's scancel.
+    """
     shown = _run(["scontrol", "-o", "show", "job", job_id])
     if shown is not None and (state := re.search(r"\bJobState=(\w+)", shown.stdout)):
-        return state.group(1)
+        return NEVER_SATISFIED if f"Reason={NEVER_SATISFIED}" in shown.stdout else state.group(1)
     listed = _run(["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "State"])
     if listed is None or not listed.stdout.strip():
         return None

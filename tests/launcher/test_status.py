@@ -118,14 +118,19 @@ def test_several_runs_are_one_line_each_with_one_question_to_slurm(
     tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _trained(tmp_path / "runs" / "sweep" / "a")
-    for name in ("b", "c"):
+    for name in ("b", "b/evaluation"):  # a chain's last job has a folder of its own in its run's
         in_slurm(create(tmp_path / "runs" / name))
+    create(tmp_path / "runs" / "b" / "code")  # whatever else lies in a run is none
     slurm.jobs("7|PENDING|Resources|N/A|")
     assert main(["status", "--runs", str(tmp_path / "runs")]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["run", "state", "attempt", "step", "%", "samples/s", "loss", "ETA", "goodput", "job"]
     cells = [row.split() for row in rows]
-    assert [(Path(row[0]).name, row[1]) for row in cells] == [("a", "running"), ("b", "pending"), ("c", "pending")]
+    assert [(Path(row[0]).name, row[1]) for row in cells] == [
+        ("a", "running"),
+        ("b", "pending"),
+        ("evaluation", "pending"),
+    ]
     assert cells[0][3:7] == ["60/400", "15%", "99.5", "1.2500"]
     assert len(slurm.calls("squeue")) == 1
     assert main(["status", "--runs", str(tmp_path / "runs"), "--json"]) == 0
@@ -204,6 +209,7 @@ def test_a_long_record_is_read_from_its_end(tmp_path: Path) -> None:
         ("7|PENDING|Resources|2030-01-01T08:00:00|", "", "pending", "waits for free nodes, GPUs or memory; expected"),
         ("7|RUNNING|None|2030-01-01T08:00:00|node1", "", "running", "Slurm says RUNNING"),
         ("", "CANCELLED", "stopped", "cancelled in Slurm (scancel), not by `mvit cancel`; not saved"),
+        ("", "CANCELLED Reason=DependencyNeverSatisfied", "stopped", "the job it depends on did not end as required"),
         ("", "TIMEOUT", "failed", "at its time limit before it had saved"),
         ("", "", "failed", "Slurm no longer knows the job; it left no final record"),
     ],

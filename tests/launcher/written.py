@@ -103,7 +103,7 @@ class FakeSlurm:
 
     def ended(self, state: str) -> None:
         """Let the controller remember how the job ended."""
-        (self.folder / "ended").write_text(f"JobId=7 JobName=trial JobState={state} Reason=None ExitCode=0:0\n")
+        (self.folder / "ended").write_text(f"JobId=7 JobName=trial JobState={state} ExitCode=0:0\n")
 
     def calls(self, command: str = "") -> list[str]:
         """Return the calls of a command, or all."""
