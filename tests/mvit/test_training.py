@@ -84,11 +84,11 @@ def _train_and_die(config: dict[str, Any], moment: str) -> None:
             _die()
         return real_write(path, *args)
 
-    def publish(part: Path, target: Path, manifest: Any) -> None:
+    def publish(part: Path, target: Path, *rest: Any) -> None:
         if moment == "publish" and target.name.endswith("20"):
             (part / "manifest.json").write_text("{")
             _die()
-        real_publish(part, target, manifest)
+        real_publish(part, target, *rest)
 
     mvit.checkpoint_save.write_shard, mvit.checkpoint_save.publish = write, publish
     mvit.train(parse_config(config), stop_requested=in_step, show_progress=False)
