@@ -124,7 +124,12 @@ def test_faults_of_the_nodes(
 ) -> None:
     """A node without power, one whose slurmd died and one whose cable was pulled, both with ranks that live on."""
     job = _job(
-        cluster, digits, tmp_path, "nodes", "slow@16,slow@17,slow@36,slow@37,slow@56,slow@57", hang_timeout_s=90
+        cluster,
+        digits,
+        tmp_path,
+        "nodes",
+        ",".join(f"slow@{step}" for step in (16, 17, *range(36, 46), 56, 57)),
+        hang_timeout_s=90,
     ).submit()
 
     def nodes_of(life: int) -> list[str]:
@@ -134,15 +139,15 @@ def test_faults_of_the_nodes(
     lost, began = nodes_of(1)[1], time.time()
     cluster.power_off(lost)
     told("power off to the next finished step", job.wait_for_life(2)["time"] - began)
-    _check_life(job, 1, "node", lost_at_most=17 - 10)
+    _check_life(job, 1, "node", lost_at_most=10)
     assert next(end["blamed"] for end in job.ends()) == [lost]
     cluster.power_on(lost)
 
     job.wait_for_step(35)
     deaf, began = nodes_of(2)[0], time.time()  # the batch host: its script lives on, too
-    cluster.kill_slurmd(deaf)
+    cluster.kill_slurmd(deaf)  # the ranks train on until Slurm notices: their steps are slow for as long
     told("slurmd killed to the next finished step", job.wait_for_life(3)["time"] - began)
-    _check_life(job, 2, "node", lost_at_most=37 - 30)
+    _check_life(job, 2, "node", lost_at_most=10)
     job.wait(lambda: not _alive(cluster, deaf, job.job_id), "the end of the orphans", 30)
     cluster.power_off(deaf)
     cluster.power_on(deaf)
@@ -151,7 +156,7 @@ def test_faults_of_the_nodes(
     cut, began = nodes_of(3)[1], time.time()
     cluster.unplug(cut)
     told("cable pulled to the next finished step", job.wait_for_life(4)["time"] - began)
-    _check_life(job, 3, "node", lost_at_most=57 - 50)
+    _check_life(job, 3, "node", lost_at_most=10)
     job.wait(lambda: not _alive(cluster, cut, job.job_id), "the end of the orphans", 30)
     cluster.power_off(cut)
     cluster.power_on(cut)
