@@ -109,7 +109,7 @@ class _Watch:
         """Watch until the rank has ended, and end it where there is a reason to."""
         while os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             received = signal.sigtimedwait(_WATCHED, POLL_S)
-            if received is not None and received.si_signo != signal.SIGCHLD:
+            if received is not None and received.si_signo in STOP_SIGNALS:  # 0 after a suspension
                 self._forward(received.si_signo)
             now = time.monotonic()
             if os.getppid() != self._guard.parent_pid:
@@ -202,7 +202,10 @@ class _Watch:
         return {"last_step": beat.step, "last_phase": beat.phase, "last_beat": beat.time}
 
     def _write(self) -> None:
-        write_json(rank_file(self._guard.attempt_dir, self._guard.rank, ".json"), self._record)
+        try:
+            write_json(rank_file(self._guard.attempt_dir, self._guard.rank, ".json"), self._record)
+        except OSError as error:  # a full disk: the rank must live on and save, and its exit code must not be lost
+            print(f"the record of rank {self._guard.rank} is not written: {error}", file=sys.stderr, flush=True)
 
 
 def _prepare_rank() -> None:

@@ -104,8 +104,10 @@ class TrainJob:
             if owner_of(run.path) > attempt:  # whatever it is, it is of no interest any more
                 print(f"superseded by life {owner_of(run.path)}: {error}", file=sys.stderr, flush=True)
                 _leave_now(EXIT_FENCED)
-            record_error(attempt_dir, place.rank, error)
-            _leave_now(EXIT_FAILED)
+            try:
+                record_error(attempt_dir, place.rank, error)
+            finally:
+                _leave_now(EXIT_FAILED)
         if result.stopped:
             print(f"stopped at step {result.step} of {result.total_steps} on request ({stop.cause})", flush=True)
             _leave_now(EXIT_STOPPED)  # all is saved and closed; taking the interpreter apart costs grace time

@@ -1,5 +1,6 @@
 """The life of a run as its ranks see it: signs of life to the guard, the claim, the ledger."""
 
+import sys
 import time
 from collections.abc import Mapping
 
@@ -26,7 +27,10 @@ class RunLife:
 
     def record(self, event: str, facts: Mapping[str, object]) -> None:
         """Append an event of this life to the ledger."""
-        self._run.append_event(event, self._attempt, **facts)
+        try:
+            self._run.append_event(event, self._attempt, **facts)
+        except OSError as error:  # a full disk: training is worth more than its ledger
+            print(f"the ledger lacks an event ({event}): {error}", file=sys.stderr, flush=True)
 
     def goodput(self) -> Mapping[str, float]:
         """Return the account over all lives so far as TensorBoard shows it."""

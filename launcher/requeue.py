@@ -21,7 +21,10 @@ def after_life(run: RunFolder, attempt: int, exit_code: int, budgets: Budgets) -
     """Close an attempt in the batch script: classify its end, decide, and append both to attempts.jsonl."""
     ending, step_now = classify(run, attempt, exit_code), run.checkpoint_step()
     decision = decide(ending, run.events(), step_now, budgets)
-    record_end(run, attempt, ending, requeued=decision.requeue, reason=decision.reason, exit_code=exit_code)
+    try:
+        record_end(run, attempt, ending, requeued=decision.requeue, reason=decision.reason, exit_code=exit_code)
+    except OSError as error:  # a full disk must not keep the job from its next life, which closes this one
+        print(f"the end of life {attempt} is not recorded: {error}", file=sys.stderr, flush=True)
     return ending, decision
 
 
