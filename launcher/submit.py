@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from launcher import faults
 from launcher.cluster import ClusterConfig, ClusterError, Placement, parse_cluster, place
 from launcher.dependency import Upstream, wait_for
 from launcher.identity import describe_run
@@ -105,6 +106,7 @@ def check_new(config: "RunConfig", cluster: ClusterConfig, after: Upstream | Non
     """
     placement = place(cluster)
     config.batch_arithmetic(placement.world_size)
+    faults.parse(cluster.env.get(faults.VARIABLE, ""), placement.world_size)  # one of no rank would never happen
     _refuse_taken(RunFolder(config.run_dir.absolute()))
     check_submission(cluster, placement, None if after is None else after.dependency)
     return placement
