@@ -53,7 +53,7 @@ def run_evaluation(
     progress: ProgressDisplay | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Evaluate and return the metric's figures (collective); `beat` is called before every batch.
+    """Evaluate and return the metric's figures (collective); `beat` is called before every batch and every reduction.
 
     Raises RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
     and within `data.max_bad_samples`; those are returned as `undecodable`.
@@ -70,6 +70,7 @@ def run_evaluation(
         if progress is not None:
             progress.update({"kind": "progress", "step": index, "total_steps": len(loader)})
     bad = torch.tensor([loader.num_bad])
+    beat()  # waiting for a slower rank counts from here
     sum_over_ranks(seen)
     sum_over_ranks(bad)
     missing, repeated = int((seen == 0).sum()), int((seen > 1).sum())
@@ -78,7 +79,10 @@ def run_evaluation(
             f"evaluation of {num_samples} samples missed {missing}, of which {int(bad)} are undecodable, "
             f"and repeated {repeated}"
         )
-    return metric.compute() | {"undecodable": float(bad)}
+    beat()
+    figures = metric.compute() | {"undecodable": float(bad)}
+    beat()  # what follows is no part of the reduction
+    return figures
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from typing import Literal, Protocol
 
 Phase = Literal["start", "data", "compute", "log", "evaluate", "save", "end"]
 """What a rank is doing: everything before the first step, waiting for a batch, the step itself, reporting, evaluating
-(one beat a batch), saving at a stop or at the end, leaving."""
+(a beat at every batch and reduction), saving at a stop or at the end, leaving."""
 
 
 class Superseded(RuntimeError):

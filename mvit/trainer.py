@@ -337,6 +337,7 @@ class _Run:
         figures: dict[str, float] = {}
         self.engine.eval()
         for prefix in ("validation", "validation_ema") if self.engine.has_ema else ("validation",):
+            self.life.beat(step, "evaluate")  # before the weights change places with their average
             averaged = self.engine.ema_weights() if prefix == "validation_ema" else nullcontext()
             with self.life_log.evaluating(), averaged:
                 found = run_evaluation(
