@@ -151,7 +151,7 @@ def _phase(started: _Started, nodes: list[str]) -> tuple[str, str]:
     if job.is_gone or job.state in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"):
         return "over", f"the job is over ({job.state or 'no longer in the queue'})"
     if job.waits or job.state == "CONFIGURING":
-        return "queued", f"queued: {job}"
+        return "queued", f"queued: {job.in_words(first_life=True)}"
     if not nodes and job.nodes:
         nodes += expand_hostlist(job.nodes) or ()
     return "running", ""

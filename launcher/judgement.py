@@ -88,19 +88,22 @@ def _state_in_slurm(
     run: RunFolder, attempt: int, latest: list[dict[str, Any]], slurm: SlurmJob | None
 ) -> tuple[State, str]:
     """Judge a Slurm job that has not recorded its last end."""
-    end = last_end(latest)
+    end, started = last_end(latest), any(event["event"] == "start" for event in latest)
     if slurm is None:
-        started = end is None and any(event["event"] == "start" for event in latest)
         why = "squeue is not available here: by the run's own records"
-        return ("running", why) if started else ("pending", why if end is None else f"{_requeued(end)}; {why}")
+        if end is not None:
+            return "pending", f"{_requeued(end)}; {why}"
+        return ("running" if started else "pending"), why
     if slurm.is_gone:
         broken = _chain_broken(run, latest)
         return ("failed", broken) if broken else _left_the_queue(run, attempt, slurm.job_id, end)
     if end is None:
-        return ("pending" if slurm.waits else "running"), str(slurm)
+        # with a start and no end, Slurm requeued it by itself
+        return ("pending" if slurm.waits else "running"), slurm.in_words(first_life=not started)
+    told = slurm.in_words(first_life=False)
     if slurm.began_after(end["time"]):
-        return "running", f"{slurm}; the life after attempt {attempt} is starting"
-    return "pending", f"{_requeued(end)}; {slurm if slurm.waits else 'it is on its way into the queue'}"
+        return "running", f"{told}; the life after attempt {attempt} is starting"
+    return "pending", f"{_requeued(end)}; {told if slurm.waits else 'it is on its way into the queue'}"
 
 
 def _chain_broken(run: RunFolder, latest: list[dict[str, Any]]) -> str | None:

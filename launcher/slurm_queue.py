@@ -46,6 +46,10 @@ _REASONS = {
     "AccountNotAllowed": "its account may not use this partition: `mvit cancel`, then `mvit resume` with another one",
     "QOSNotAllowed": "its QOS may not use this partition: `mvit cancel`, then `mvit resume` with another one",
 }
+_REASONS_OF_A_FIRST_LIFE = {  # where the words above are about the life before
+    "BeginTime": "the begin time that it was submitted with (sbatch's `begin`) has not come",
+    "Prolog": "the prolog runs on its nodes",
+}
 NEVER_SATISFIED = "DependencyNeverSatisfied"
 _ENDS = {  # Slurm's final state → in words
     NEVER_SATISFIED: "the job it depends on did not end as required, so Slurm cancelled it",
@@ -87,16 +91,20 @@ class SlurmJob:
         except ValueError:
             return False
 
-    def __str__(self) -> str:
+    def in_words(self, *, first_life: bool) -> str:
+        """Say its state and why it waits, as a job that never ran or one that was requeued."""
         if not self.waits:
             return f"Slurm says {self.state}"
         when = f"; expected to start at {self.start.replace('T', ' ')}" if self.start else ""
-        return f"Slurm says {self.state} ({self.reason}): {reason_in_words(self.reason, self.job_id)}{when}"
+        why = reason_in_words(self.reason, self.job_id, first_life=first_life)
+        return f"Slurm says {self.state} ({self.reason}): {why}{when}"
 
 
-def reason_in_words(reason: str, job_id: str) -> str:
+def reason_in_words(reason: str, job_id: str, *, first_life: bool) -> str:
     """Say why a job waits. The reason is squeue's, which some versions print with words or nodes behind it."""
     name = re.split(r"[\s,_:(]", reason.strip("()"))[0] or "None"
+    if first_life and name in _REASONS_OF_A_FIRST_LIFE:
+        return _REASONS_OF_A_FIRST_LIFE[name]
     if name in _REASONS:
         text = _REASONS[name].format(id=job_id)
         nodes = re.search(r"UnavailableNodes:(\S+)", reason)

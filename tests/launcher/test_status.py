@@ -288,7 +288,31 @@ def test_the_queue_is_asked_at_most_every_ten_seconds_and_at_once_about_new_jobs
     ],
 )
 def test_the_reason_for_waiting_is_said_in_plain_words(reason: str, words: str) -> None:
-    assert words in reason_in_words(reason, "7")
+    assert words in reason_in_words(reason, "7", first_life=False)
+
+
+@pytest.mark.parametrize(
+    ("lives", "told"),
+    [
+        ([], "the begin time that it was submitted with (sbatch's `begin`) has not come; expected to start at 2030"),
+        (["start"], "after a requeue Slurm waits"),  # Slurm requeued it by itself: nobody wrote an end
+        (["start", "end"], "after a requeue Slurm waits"),
+    ],
+    ids=str,
+)
+def test_the_begin_time_of_a_first_life_is_its_own_and_after_a_requeue_slurm_s(
+    tmp_path: Path, slurm: FakeSlurm, lives: list[str], told: str
+) -> None:
+    run = create(tmp_path / "trial")
+    in_slurm(run, at=-100)
+    for name in lives:
+        facts = {"requeued": True, "detail": "told to stop", "cause": "stopped"} if name == "end" else {}
+        event(run, name, 1, -50, executor="slurm", job_id="7", **facts)
+    slurm.jobs("7|PENDING|BeginTime|2030-01-01T08:00:00|")
+    found = judge(run)
+    assert found.state == "pending"
+    assert told in found.detail
+    assert ("cred_expire" in found.detail) is bool(lives)
 
 
 def test_status_does_not_wait_for_torch(tmp_path: Path) -> None:
