@@ -1,6 +1,7 @@
 """How a life ended: one of a few kinds, with the rank, node and step that were first, from what its ranks left."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ _HARDWARE = re.compile(
     r"CUDA error: (unspecified launch failure|uncorrectable)|Input/output error|Stale file handle",
     re.IGNORECASE,
 )
+_PLACE = re.compile(r'File "([^"]+)", line (\d+)')
 _WAITING = ("torch/distributed/", "deepspeed/comm/")  # in whose files a rank waits for the others
+_NO_COMMAND = (126, 127)  # the shell's exit codes for a program that cannot be run, or is not there
 _MARGIN_S = 1.0  # between the clocks of two nodes
 
 
@@ -34,6 +37,7 @@ class Ending:
     rank: int | None = None
     host: str | None = None
     step: int | None = None
+    """The last step that was finished, None before the first or where a life did not come to training."""
     error: str | None = None
     """Type, message and place of an exception, without the numbers that differ between lives."""
     blamed: tuple[str, ...] = ()
@@ -55,21 +59,27 @@ def classify(run: RunFolder, attempt: int, exit_code: int | None) -> Ending:
     records = run.rank_records(attempt)
     if exit_code == 0:
         return Ending("finished", "the run is complete", step=_last_step(records))
-    codes = [record.get("exit_code") for record in records]
-    if exit_code == EXIT_STOPPED or EXIT_STOPPED in codes:  # one that left this way knows that all have saved
-        asked = run.stop_file(attempt).exists()
+    asked = run.stop_file(attempt).exists()
+    stopped = [record["ended"] for record in records if record.get("exit_code") == EXIT_STOPPED]
+    failure = first_failure(run, attempt)
+    # One that left this way knows that all have saved; what ends the others afterwards harms nothing.
+    if (exit_code == EXIT_STOPPED or stopped) and (asked or not _is_before(failure, min(stopped, default=None))):
         detail = "stopped by `mvit stop`" if asked else f"told to stop ({_signals_seen(records) or 'by signal'})"
         return Ending("user_stop" if asked else "signalled", f"{detail}, everything saved", step=_last_step(records))
     if exit_code == EXIT_FENCED:
         return Ending("fenced", "a later life had taken over", step=_last_step(records))
-    if exit_code is None and (down := tuple(host for host in _hosts(run, attempt) if host in _nodes_down())):
-        return _lost_nodes(down, records)
+    if exit_code is None and (gone := _nodes_gone(_hosts(run, attempt), _told(records))):
+        return _lost_nodes(gone, records)
     if (hang := _hang(run, attempt, records)) is not None:
         return hang
     terminated = [signal["time"] for record in records for signal in record.get("signals", []) if _ends(signal)]
-    failure = first_failure(run, attempt)
-    if failure is not None and (exit_code is not None or _before(run, attempt, failure, min(terminated, default=None))):
+    ended_by_slurm = min(terminated, default=None)
+    if failure is not None and (exit_code is not None or _is_before(failure, ended_by_slurm, _MARGIN_S)):
         return _failed(run, attempt, failure, records)
+    if exit_code in _NO_COMMAND and not records:
+        return Ending(
+            "error", f"exit code {exit_code}: the ranks' command could not be run, see `mvit logs --submitit`"
+        )
     if exit_code is not None and not terminated:
         return Ending("lost", f"exit code {exit_code}; no rank left a record of why", step=_last_step(records))
     return _ended_by_slurm(run, attempt, records)
@@ -80,26 +90,40 @@ def _hang(run: RunFolder, attempt: int, records: Sequence[Mapping[str, Any]]) ->
     if not marks:
         return None
     silent = [record for record in records if record.get("last_beat") is not None]
-    stacks = {record["rank"]: _stacks(run, attempt, record["rank"]) for record in silent}
-    waiting = {rank for rank, text in stacks.items() if any(part in _main_thread(text) for part in _WAITING)}
-    # Where some ranks wait for others, the others are the ones to look at; else the one that fell silent first.
-    suspects = [record for record in silent if record["rank"] not in waiting] if waiting else silent
-    first = min(suspects or silent, key=lambda record: (record["last_step"], record["last_beat"]), default=None)
-    if first is None:
+    if not silent:
         mark = marks[0]
         return Ending("hung", f"rank {mark['rank']} did not start in {mark['age_s']:.0f} s", mark["rank"], mark["node"])
+    waiting = _waiting(silent, {record["rank"]: _stacks(run, attempt, record["rank"]) for record in silent})
+    suspects = [record for record in silent if record["rank"] not in waiting]
+    first = min(suspects or silent, key=lambda record: (record["last_step"], record["last_beat"]))
+    # A few that do something else than all the others are to blame; of many, or none, nobody can say.
+    blamed = (first["node"],) if 0 < len(suspects) <= max(1, len(silent) // 4) else ()
     detail = (
         f"rank {first['rank']} on {first['node']} stood still in step {first['last_step']} ({first['last_phase']}) for "
         f"{marks[0]['age_s']:.0f} s, {len(waiting)} of {len(records)} ranks waited for others; {first.get('state', '')}"
     )
-    return Ending(
-        "hung", detail.rstrip("; "), first["rank"], first["node"], first["last_step"], blamed=(first["node"],)
+    return Ending("hung", detail.rstrip("; "), first["rank"], first["node"], finished_step(first), blamed=blamed)
+
+
+def _waiting(silent: Sequence[Mapping[str, Any]], stacks: Mapping[int, str]) -> set[int]:
+    """Return the ranks that wait for others.
+
+    Their stacks say so where Python waits for a collective. Where the device does, nothing tells a kernel that waits
+    from one that hangs, but the many that stand at the same place wait for the few that stand elsewhere or are behind.
+    """
+    waiting = {rank for rank, text in stacks.items() if any(part in _main_thread(text) for part in _WAITING)}
+    if waiting:
+        return waiting
+    places = {r["rank"]: (r["last_step"], tuple(_PLACE.findall(_main_thread(stacks[r["rank"]])))) for r in silent}
+    common, count = Counter(places.values()).most_common(1)[0]
+    return (
+        {rank for rank, place in places.items() if place == common} if len(silent) / 2 < count < len(silent) else set()
     )
 
 
 def _failed(run: RunFolder, attempt: int, failure: Failure, records: Sequence[Mapping[str, Any]]) -> Ending:
     record = next((record for record in records if record["rank"] == failure.rank), {})
-    host, step = record.get("node"), record.get("last_step")
+    host, step = record.get("node"), finished_step(record)
     error = next((error for error in run.rank_errors(attempt) if error["rank"] == failure.rank), None)
     if error is not None and not failure.is_signal:
         hardware = _HARDWARE.search(error["message"])
@@ -116,7 +140,7 @@ def _ended_by_slurm(run: RunFolder, attempt: int, records: Sequence[Mapping[str,
     hosts = _hosts(run, attempt)
     if not hosts:
         return Ending("lost", "it ended without a record", step=_last_step(records))
-    told = {record.get("node") for record in records if any(map(_ends, record.get("signals", [])))}
+    told = _told(records)
     step = _last_step(records) or _progress(run, attempt)
     if not told:
         return Ending("lost", "ended without a record, and Slurm says that its nodes are up", step=step)
@@ -136,9 +160,16 @@ def _hosts(run: RunFolder, attempt: int) -> list[str]:
     return list(starts[-1].get("hosts", [])) if starts and starts[-1]["executor"] == "slurm" else []
 
 
-def _nodes_down() -> set[str]:
-    facts = read_slurm()
-    return set() if facts is None else {node.name for node in facts.nodes if not node.is_usable}
+def _told(records: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the nodes whose ranks Slurm told to end: these live."""
+    return {str(record.get("node")) for record in records if any(map(_ends, record.get("signals", [])))}
+
+
+def _nodes_gone(hosts: Sequence[str], told: set[str]) -> tuple[str, ...]:
+    """Return those of a life's nodes that Slurm has lost."""
+    facts = read_slurm() if set(hosts) - told else None
+    gone = set() if facts is None else {node.name for node in facts.nodes if node.is_gone}
+    return tuple(host for host in hosts if host in gone and host not in told)
 
 
 def _ends(signal: Mapping[str, Any]) -> bool:
@@ -149,13 +180,21 @@ def _signals_seen(records: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(sorted({signal["name"] for record in records for signal in record.get("signals", [])}))
 
 
-def _before(run: RunFolder, attempt: int, failure: Failure, terminated: float | None) -> bool:
-    """Say whether a failure came before Slurm began to end the life; after it, failures are consequences."""
-    return terminated is not None and failure.time is not None and failure.time < terminated - _MARGIN_S
+def _is_before(failure: Failure | None, when: float | None, margin_s: float = 0.0) -> bool:
+    """Say whether a rank failed before the life began to end for another reason; later failures follow from that."""
+    return failure is not None and failure.time is not None and when is not None and failure.time < when - margin_s
 
 
 def _last_step(records: Sequence[Mapping[str, Any]]) -> int | None:
-    return max((record["last_step"] for record in records if record.get("last_step")), default=None)
+    return max((step for record in records if (step := finished_step(record)) is not None), default=None)
+
+
+def finished_step(record: Mapping[str, Any]) -> int | None:
+    """Return the last step that a rank finished, by its record; None before the first step of its life."""
+    step, phase = record.get("last_step"), record.get("last_phase")
+    if not step:
+        return None
+    return step - 1 if phase in ("data", "compute") else step
 
 
 def _progress(run: RunFolder, attempt: int) -> int | None:

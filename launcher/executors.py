@@ -1,6 +1,5 @@
 """What submitit is told: the ranks' command lines, sbatch parameters and the batch script around them."""
 
-import json
 import os
 import shlex
 import signal
@@ -8,13 +7,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from submitit import LocalExecutor, SlurmExecutor
 
 from launcher.cluster import ClusterConfig, Placement
-from launcher.policy import Budgets
 from launcher.run_folder import RunFolder
 
 _NO_LIMIT_MIN = 60 * 24 * 365  # submitit's local executor wants a number; its own default is two minutes
@@ -175,14 +172,7 @@ def _teardown(run: RunFolder, attempt: int, cluster: ClusterConfig) -> list[str]
 
     A rank that calls `scontrol requeue` gets all ranks killed while they save.
     """
-    budgets = Budgets(
-        requeue=cluster.requeue,
-        max_crashes=cluster.max_failures_without_progress,
-        max_node_faults=cluster.max_node_faults,
-        exclude_after=cluster.exclude_after,
-        exclude_hours=cluster.exclude_hours,
-    )
-    policy = [str(run.path), str(attempt), json.dumps(asdict(budgets)), cluster.exclude or ""]
+    policy = [str(run.path), str(attempt), cluster.model_dump_json(exclude_defaults=True)]
     return [
         "rc=$?  # of srun: the highest exit code of a rank, 128 + n for signal n",
         "trap '' TERM  # the requeue ends this script, which then has a word to add",

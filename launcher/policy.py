@@ -1,11 +1,18 @@
 """What follows a life: run again or end. Pure rules over the ledger's ends, with a budget for each kind of trouble."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launcher.ending import Ending
 
+# Troubles of the surroundings, not of the code: they may pass, so that trying again is worth a budget's while.
+_PASSING = re.compile(
+    r"time[d ]*out|connection (refused|reset|closed|aborted)|unreachable|broken pipe|temporar|unavailable|"
+    r"no space left|quota|DistNetwork|DistStore|remote process",
+    re.IGNORECASE,
+)
 CRASHES = ("error", "killed", "hung", "failed")  # "failed": of runs from before kinds were recorded
 NODE_FAULTS = ("node", "lost")
 _HOUR_S = 3600.0
@@ -32,10 +39,12 @@ class Decision:
     reason: str
 
 
-def decide(ending: Ending, history: Sequence[Mapping[str, Any]], step_now: int, budgets: Budgets) -> Decision:
-    """Decide after a life that ended as `ending`, its checkpoints reaching `step_now`.
+def decide(
+    ending: Ending, history: Sequence[Mapping[str, Any]], attempt: int, step_now: int, budgets: Budgets
+) -> Decision:
+    """Decide after life `attempt` that ended as `ending`, its checkpoints reaching `step_now`.
 
-    `history` are the ledger's events, this life's end not among them.
+    `history` are the ledger's events, this life's end not among them, and no start if it did not come so far.
     """
     if ending.kind in ("finished", "user_stop", "cancelled"):
         return Decision(False, ending.detail)
@@ -45,15 +54,19 @@ def decide(ending: Ending, history: Sequence[Mapping[str, Any]], step_now: int, 
         return Decision(False, "the cluster file says requeue: false")
     if ending.kind in ("signalled", "preempted"):
         return Decision(True, "preemptions and time limits are free")
-    lives = _without_progress(history, step_now)
-    if ending.kind == "error" and (before := next((life for life in lives if life["kind"] in CRASHES), None)):
-        same = before.get("error") == ending.error and before.get("step") == ending.step
-        if same and ending.error is not None:
-            return Decision(
-                False,
-                f"the same error at the same step {ending.step} as in life {before['attempt']}: trying again would "
-                "only burn the allocation. Mend it and `mvit resume`",
-            )
+    lives = _without_progress(history, attempt, step_now)
+    before = next((life for life in lives if life["kind"] in CRASHES), None)
+    if (
+        before is not None
+        and _is_code(ending)
+        and (before.get("error"), before.get("step")) == (ending.error, ending.step)
+    ):
+        where = "before the first step" if ending.step is None else f"in step {ending.step + 1}"
+        return Decision(
+            False,
+            f"the same error {where} as in life {before['attempt']}: trying again would only burn the allocation. "
+            "Mend it and `mvit resume`",
+        )
     if ending.kind in NODE_FAULTS:
         count = 1 + sum(life["kind"] in NODE_FAULTS for life in lives)
         return _within(count, budgets.max_node_faults, "node fault", "max_node_faults")
@@ -61,20 +74,23 @@ def decide(ending: Ending, history: Sequence[Mapping[str, Any]], step_now: int, 
     return _within(count, budgets.max_crashes, "crash", "max_failures_without_progress")
 
 
+def _is_code(ending: Ending) -> bool:
+    return ending.kind == "error" and ending.error is not None and not _PASSING.search(ending.error)
+
+
 def _within(count: int, limit: int, what: str, key: str) -> Decision:
     told = f"{what} {count} of {limit} in a row without a newer checkpoint ({key})"
     return Decision(count < limit, f"{told}; {'trying again' if count < limit else 'giving up'}")
 
 
-def _without_progress(history: Sequence[Mapping[str, Any]], step_now: int) -> list[Mapping[str, Any]]:
-    """Return the ends, newest first, of the lives before this one since a checkpoint was published.
+def _without_progress(history: Sequence[Mapping[str, Any]], current: int, step_now: int) -> list[Mapping[str, Any]]:
+    """Return the ends, newest first, of the lives before life `current` since a checkpoint was published.
 
     A life made progress if its successor started from a higher step than it did itself. A signalled stop is progress
     only if it saved something new, so that a crash that repeats between preemptions is still counted.
     """
     starts = {event["attempt"]: event.get("checkpoint_step", 0) for event in history if event["event"] == "start"}
     ends = {event["attempt"]: event for event in history if event["event"] == "end"}
-    current = max((event["attempt"] for event in history), default=0)
     step_after = starts.get(current, step_now)
     if step_now > step_after:
         return []  # this very life came further

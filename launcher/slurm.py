@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 TIMEOUT_S = 10.0  # without its slurm.conf, scontrol tries again for a minute
 _UNUSABLE = ("DOWN", "DRAIN", "FAIL", "ERROR", "INVAL", "FUTURE", "NOT_RESPONDING", "MAINT")
+_GONE = ("DOWN", "FAIL", "ERROR", "NOT_RESPONDING")  # a drained node lets its jobs end
 _PAIR = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)")
 _SETTING = re.compile(r"^(\S+)\s*=[ \t]?(.*)$", re.MULTILINE)
 _NOTHING = ("", "(null)", "N/A", "NONE", "UNLIMITED", "INFINITE", "NOT_SET")
@@ -50,6 +51,11 @@ class Node:
     def is_usable(self) -> bool:
         """Whether a job could start here once it is free."""
         return not any(state.startswith(_UNUSABLE) for state in self.states)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether Slurm has lost what ran here."""
+        return any(state.startswith(_GONE) for state in self.states)
 
 
 @dataclass(frozen=True)

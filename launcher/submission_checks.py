@@ -102,6 +102,15 @@ def _partition_problems(
     return [*problems, *_too_few_nodes(facts, partition, cluster, placement, excluded)]
 
 
+def nodes_that_fit(
+    facts: SlurmFacts, partition: str, cluster: ClusterConfig, placement: Placement, excluded: Collection[str]
+) -> list[Node]:
+    """Return the nodes of a partition on which such a job can run once they are free and in order."""
+    nodes, found = facts.nodes_of(partition), facts.partition(partition)
+    needs = [] if found is None else _needs(found, cluster, placement, excluded)
+    return [node for node in nodes if all(need.fits(node) for need in needs)]
+
+
 @dataclass(frozen=True)
 class _Need:
     """One thing that a job needs of each of its nodes."""

@@ -11,6 +11,7 @@ from launcher.ending import classify
 from launcher.lives import close_lost_attempts
 from launcher.preemption import EXIT_FAILED, EXIT_FENCED, EXIT_HUNG, EXIT_STOPPED
 from launcher.run_folder import RunFolder, rank_file, write_json
+from launcher.slurm import Node, SlurmFacts
 from mvit.life import Superseded
 
 NODES = ("n1", "n2")
@@ -18,10 +19,18 @@ NODES = ("n1", "n2")
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    monkeypatch.setattr(ending, "_nodes_down", set)
+    _cluster(monkeypatch)
     run = RunFolder(tmp_path)
     run.append_event("start", 1, executor="slurm", job_id="7", world_size=4, hosts=list(NODES), checkpoint_step=0)
     return run
+
+
+def _cluster(monkeypatch: pytest.MonkeyPatch, **states: str) -> None:
+    """Let Slurm say that each node is in the state given, the others idle."""
+    nodes = tuple(
+        Node(name, ("low",), (states.get(name, "IDLE"),), 8, 1000, 0, (), "") for name in (*NODES, "n3", "n9")
+    )
+    monkeypatch.setattr(ending, "read_slurm", lambda: SlurmFacts({}, (), nodes, None))
 
 
 def _rank(run: RunFolder, rank: int, **facts: Any) -> None:
@@ -69,6 +78,34 @@ def test_a_stop_is_whole_though_a_rank_was_killed_while_it_left(run: RunFolder) 
     assert classify(run, 1, 137).kind == "signalled"
 
 
+def test_a_rank_that_failed_before_others_were_told_to_stop_is_the_cause(run: RunFolder) -> None:
+    """After a rank's death srun tells the others to end, and a rank that is alone with itself may save and leave."""
+    _rank(run, 1, **_ended(None, 9.0, "SIGKILL"))
+    for rank in (0, 2, 3):
+        _rank(run, rank, **_terminated(9.2), **_ended(EXIT_STOPPED, 9.4))
+    assert (classify(run, 1, 137).kind, classify(run, 1, 137).rank) == ("killed", 1)
+    _rank(run, 1, **_ended(EXIT_FAILED, 9.0))
+    _error(run, 1, 8.9, "bad sample")
+    assert classify(run, 1, EXIT_FAILED).kind == "error"
+
+
+def test_ranks_whose_command_is_not_there_are_no_fault_of_a_node(run: RunFolder) -> None:
+    assert classify(run, 1, 127).kind == "error"
+    assert classify(run, 1, 1).kind == "lost"
+
+
+@pytest.mark.parametrize(("phase", "finished"), [("data", 11), ("compute", 11), ("log", 12), ("evaluate", 12)])
+def test_a_step_that_was_begun_is_not_finished(run: RunFolder, phase: str, finished: int) -> None:
+    for rank in range(4):
+        _rank(run, rank, last_phase=phase, **_ended(None, 9.0, "SIGKILL"))
+    assert classify(run, 1, 137).step == finished
+
+
+def test_a_life_that_did_not_come_to_training_finished_no_step(run: RunFolder) -> None:
+    _rank(run, 0, last_step=0, last_phase="start", **_ended(None, 9.0, "SIGKILL"))
+    assert classify(run, 1, 137).step is None
+
+
 def test_a_life_that_was_cancelled_in_the_queue_is_no_failure(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.append_event("submit", 1, executor="slurm", job_id="7")
@@ -85,7 +122,7 @@ def test_a_killed_rank_comes_before_the_exceptions_that_follow_from_it(run: RunF
     _rank(run, 1, **_ended(None, 12.0, "SIGKILL", because="rank 3 failed"))
     found = classify(run, 1, 137)
     assert (found.kind, found.rank, found.host, found.blamed) == ("killed", 3, "n2", ("n2",))
-    assert found.step == 12
+    assert found.step == 11
 
 
 def test_an_abort_after_an_exception_elsewhere_is_not_the_first(run: RunFolder) -> None:
@@ -128,11 +165,33 @@ def test_a_hang_is_blamed_on_the_rank_that_the_others_wait_for(run: RunFolder) -
     assert "3 of 4 ranks waited for others" in found.detail
 
 
-def test_where_nobody_waits_the_rank_that_fell_silent_first_is_blamed(run: RunFolder) -> None:
-    for rank in range(4):
-        _rank(run, rank, hung=True, last_step=12 - (rank == 2), **_ended(None, 80.0, "SIGKILL", "hangs"))
+def _hung(run: RunFolder, rank: int, stack: str, **facts: Any) -> None:
+    _rank(run, rank, **({"hung": True} | facts), **_ended(None, 80.0, "SIGKILL", "hangs"))
+    rank_file(run.attempt_dir(1), rank, ".stacks.txt").write_text(stack)
     write_json(run.attempt_dir(1) / "hang.json", {"rank": 0, "node": "n1", "age_s": 20.3, "time": 79.0})
-    assert classify(run, 1, EXIT_HUNG).rank == 2
+
+
+SYNCHRONIZING = 'Thread 0x1:\n  File "torch/cuda.py", line 9 in synchronize\n  File "trainer.py", line 7 in step\n'
+
+
+def test_where_devices_wait_the_rank_that_is_behind_is_blamed(run: RunFolder) -> None:
+    for rank in range(4):
+        _hung(run, rank, SYNCHRONIZING, last_step=12 - (rank == 2))
+    assert (classify(run, 1, EXIT_HUNG).rank, classify(run, 1, EXIT_HUNG).blamed) == (2, ("n2",))
+
+
+def test_where_devices_wait_the_rank_that_stands_elsewhere_is_blamed(run: RunFolder) -> None:
+    for rank in range(4):
+        _hung(run, rank, SYNCHRONIZING)
+    _hung(run, 1, 'Thread 0x1:\n  File "tar.py", line 3 in read\n', last_beat=60.0)
+    assert (classify(run, 1, EXIT_HUNG).rank, classify(run, 1, EXIT_HUNG).blamed) == (1, ("n1",))
+
+
+def test_where_all_stand_at_the_same_place_no_node_is_blamed(run: RunFolder) -> None:
+    """A kernel that waits looks like one that hangs: a guess would exclude good nodes."""
+    for rank in range(4):
+        _hung(run, rank, SYNCHRONIZING, last_beat=50.0 + rank)
+    assert (classify(run, 1, EXIT_HUNG).kind, classify(run, 1, EXIT_HUNG).blamed) == ("hung", ())
 
 
 def test_a_node_that_was_not_told_of_the_end_was_lost(run: RunFolder) -> None:
@@ -150,7 +209,7 @@ def test_a_node_that_was_not_told_of_the_end_was_lost(run: RunFolder) -> None:
 def test_a_node_that_slurm_says_is_down_was_lost_though_a_watchdog_saw_the_silence_first(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ending, "_nodes_down", lambda: {"n2", "n9"})
+    _cluster(monkeypatch, n2="DOWN", n9="DOWN")
     for rank in range(4):
         _rank(run, rank, hung=True, **_ended(None, 80.0, "SIGKILL", "hangs"))
     write_json(run.attempt_dir(1) / "hang.json", {"rank": 0, "node": "n1", "age_s": 20.3, "time": 79.0})
@@ -170,18 +229,30 @@ def test_all_nodes_told_and_no_save_is_a_preemption(run: RunFolder) -> None:
     for rank in range(4):
         _rank(run, rank, **_terminated(20.0 + rank / 10))
     found = classify(run, 1, None)
-    assert (found.kind, found.blamed, found.step) == ("preempted", (), 12)
+    assert (found.kind, found.blamed, found.step) == ("preempted", (), 11)
 
 
-@pytest.mark.parametrize(("down", "kind"), [({"n1"}, "node"), (set(), "lost")])
+@pytest.mark.parametrize(
+    ("state", "kind", "blamed"),
+    [("DOWN", "node", {"n1"}), ("NOT_RESPONDING", "node", {"n1"}), ("DRAIN", "lost", set()), ("IDLE", "lost", set())],
+)
 def test_where_no_node_was_told_slurm_is_asked(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, down: set[str], kind: str
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, state: str, kind: str, blamed: set[str]
 ) -> None:
-    monkeypatch.setattr(ending, "_nodes_down", lambda: down)
+    _cluster(monkeypatch, n1=state)
     for rank in range(4):
         _rank(run, rank)
     found = classify(run, 1, None)
-    assert (found.kind, set(found.blamed)) == (kind, down)
+    assert (found.kind, set(found.blamed)) == (kind, blamed)
+
+
+def test_a_node_that_told_its_ranks_to_end_is_not_lost_though_it_is_down_later(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cluster(monkeypatch, n1="DOWN")
+    for rank in range(4):
+        _rank(run, rank, **_terminated(20.0))
+    assert classify(run, 1, None).kind == "preempted"
 
 
 def test_a_superseded_life_is_no_failure(run: RunFolder) -> None:

@@ -1,15 +1,18 @@
 """What follows a life of a batch job: requeue or end, by exit code, progress and who asked."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from launcher import requeue as script
+from launcher.cluster import ClusterConfig
 from launcher.policy import Budgets
 from launcher.preemption import EXIT_FAILED, EXIT_STOPPED
-from launcher.requeue import after_life, is_orphan, requeue
+from launcher.requeue import after_life, is_orphan, job_facts, main, requeue
 from launcher.run_folder import RunFolder, append_json_line, rank_file, write_json
-from launcher.slurm import Node, SlurmFacts
+from launcher.slurm import Node, Partition, SlurmFacts
 from launcher.status import run_state
 
 
@@ -100,46 +103,119 @@ def test_the_newest_checkpoint_is_the_one_published_last(tmp_path: Path) -> None
     assert run.checkpoint_step() == 42
 
 
+def _scontrol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> Path:
+    """Put a scontrol on the PATH; returns the file in which it notes each call before it runs `body`."""
+    calls, scontrol = tmp_path / "calls", tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n{body}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=":")
+    return calls
+
+
+def _cluster(**settings: object) -> ClusterConfig:
+    given = {"executor": "slurm", "nodes": 2, "ranks_per_node": 2, "timeout_min": 60}
+    return ClusterConfig.model_validate(given | settings)
+
+
+def _blame(run: RunFolder, *hosts: str) -> None:
+    """Blame the hosts one after the other, in a life each, the last one 20 s ago."""
+    for attempt, host in enumerate(hosts, start=1):
+        at = time.time() - 20 - 10 * (len(hosts) - attempt)
+        line = {"event": "end", "attempt": attempt, "time": at, "cause": "failed", "kind": "hung", "blamed": [host]}
+        append_json_line(run.attempts_file, line)
+
+
+def _nodes(monkeypatch: pytest.MonkeyPatch, *names: str, **odd: Node) -> None:
+    """Let the cluster have one partition of these nodes, all alike but those given."""
+    like = Node("", ("low",), ("IDLE",), 8, 64000, 0, ("fast",), "")
+    nodes = tuple(replace(odd.get(name, like), name=name) for name in names)
+    low = Partition("low", True, "UP", None, None, None, None, 0, "OFF", "")
+    monkeypatch.setattr(script, "read_slurm", lambda: SlurmFacts({}, (low,), nodes, None))
+    monkeypatch.setattr(script, "expand_hostlist", lambda text: tuple(text.split(",")))
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "low")
+
+
 @pytest.mark.parametrize(("restarts", "orphan"), [("2", False), ("3", True)])
 def test_a_script_that_slurm_gave_up_must_not_requeue_its_successor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, orphan: bool
 ) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f"#!/bin/sh\necho 'JobId=7 JobName=trial Requeue=1 Restarts={restarts} BatchFlag=1'\n")
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert is_orphan("7", restart_count=2) is orphan
+    _scontrol(monkeypatch, tmp_path, f"echo 'JobId=7 JobName=trial Requeue=1 Restarts={restarts} BatchFlag=1'")
+    assert is_orphan(job_facts("7"), restart_count=2) is orphan
 
 
-@pytest.mark.parametrize(("free", "expected"), [(3, "n1,n2"), (2, "n2")])
+@pytest.mark.parametrize(("names", "expected"), [(("n1", "n2", "n3", "n4"), "n1,n2"), (("n1", "n2", "n3"), "n2")])
 def test_nodes_blamed_twice_are_left_out_as_far_as_enough_remain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], expected: str
 ) -> None:
-    """Of four nodes two are blamed and one or two are needed: the blame that ends first is forgiven."""
-    run, now = _run(tmp_path), time.time()
-    for attempt, (host, age) in enumerate((("n1", 50.0), ("n1", 40.0), ("n2", 30.0), ("n2", 20.0)), start=1):
-        line = {"event": "end", "attempt": attempt, "time": now - age, "cause": "failed", "kind": "hung"}
-        append_json_line(run.attempts_file, line | {"blamed": [host]})
-    calls = tmp_path / "calls"
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    monkeypatch.setenv("SLURM_JOB_PARTITION", "low")
-    names = ["n1", "n2", "n3", "n4"][: free + 1]
-    nodes = tuple(Node(name, ("low",), ("IDLE",), 8, 1000, 0, (), "") for name in names)
-    monkeypatch.setattr("launcher.requeue.read_slurm", lambda: SlurmFacts({}, (), nodes, None))
-    assert requeue(run, 4, "7", Budgets(), "bad9") is None
+    """Two are blamed and two are needed: where only three exist, the blame that ends first is forgiven."""
+    run = _run(tmp_path)
+    _blame(run, "n1", "n1", "n2", "n2")
+    calls = _scontrol(monkeypatch, tmp_path, "")
+    _nodes(monkeypatch, *names)
+    assert requeue(run, 4, "7", _cluster(exclude="bad9")) is None
     assert calls.read_text().splitlines() == ["requeue 7", f"update JobId=7 ExcNodeList=bad9,{expected}"]
     event = run.events()[-1]
     assert (event["event"], ",".join(event["hosts"])) == ("exclude", expected)
     assert event["why"]["n2"] == "life 3: hung; life 4: hung"
 
 
+@pytest.mark.parametrize(
+    ("settings", "odd"),
+    [
+        ({"exclude": "n4"}, {}),
+        ({"mem": "32G"}, {"n4": Node("", ("low",), ("IDLE",), 8, 1000, 0, ("fast",), "")}),
+        ({"constraint": "fast"}, {"n4": Node("", ("low",), ("IDLE",), 8, 64000, 0, (), "")}),
+        ({"cpus_per_rank": 4}, {"n4": Node("", ("low",), ("IDLE",), 4, 64000, 0, ("fast",), "")}),
+    ],
+    ids=["excluded", "memory", "feature", "cores"],
+)
+def test_a_node_that_the_job_cannot_use_is_none_that_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], odd: dict[str, Node]
+) -> None:
+    """Of four nodes one does not fit and two are blamed: leaving out both would keep the job waiting for ever."""
+    run = _run(tmp_path)
+    _blame(run, "n1", "n1", "n2", "n2")
+    _scontrol(monkeypatch, tmp_path, "")
+    _nodes(monkeypatch, "n1", "n2", "n3", "n4", **odd)
+    assert requeue(run, 4, "7", _cluster(**settings)) is None
+    assert run.events()[-1]["hosts"] == ["n2"]
+
+
+def test_a_node_whose_exclusion_is_over_comes_off_the_jobs_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _run(tmp_path)
+    run.append_event("exclude", 2, hosts=["n1"], until=1.0, why={}, error=None)
+    calls = _scontrol(monkeypatch, tmp_path, "")
+    _nodes(monkeypatch, "n1", "n2")
+    assert requeue(run, 3, "7", _cluster()) is None
+    assert calls.read_text().splitlines() == ["requeue 7", "update JobId=7 ExcNodeList="]
+    assert requeue(run, 4, "7", _cluster()) is None
+    assert calls.read_text().splitlines()[2:] == ["requeue 7"], "nothing is left to take off"
+
+
 def test_a_requeue_that_slurm_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text("#!/bin/sh\necho 'Access/permission denied' >&2; exit 1\n")
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert requeue(_run(tmp_path), 1, "7", Budgets(), "") == "scontrol requeue 7: Access/permission denied"
+    calls = _scontrol(monkeypatch, tmp_path, "echo 'Access/permission denied' >&2; exit 1")
+    assert requeue(_run(tmp_path), 1, "7", _cluster()) == "scontrol requeue 7: Access/permission denied"
+    assert len(calls.read_text().splitlines()) == 1, "what is refused is not asked for again"
+
+
+def test_a_controller_that_restarts_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = f"[ $(wc -l < {tmp_path}/calls) -ge 3 ] || {{ echo 'Unable to contact slurm controller' >&2; exit 1; }}"
+    calls = _scontrol(monkeypatch, tmp_path, away)
+    monkeypatch.setattr(script, "_FIRST_PAUSE_S", 0.01)
+    assert requeue(_run(tmp_path), 1, "7", _cluster()) is None
+    assert calls.read_text().splitlines() == ["requeue 7"] * 3
+
+
+def test_a_controller_that_stays_away_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _run(tmp_path)
+    _scontrol(monkeypatch, tmp_path, "echo 'Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setattr(script, "_PATIENCE_S", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert main([str(run.path), "1", _cluster().model_dump_json(exclude_defaults=True), "137"]) == 0
+    end = run.events()[-1]
+    assert (end["event"], end["requeued"]) == ("end", False)
+    assert "did not answer (scontrol show job 7: Unable to contact slurm controller)" in end["reason"]
+    assert f"mvit resume {run.path}" in end["reason"]

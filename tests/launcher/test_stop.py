@@ -143,7 +143,8 @@ def test_a_job_that_somebody_cancels_in_slurm_does_not_come_back(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     written.rank(run, 1, 0, exit_code=85, signals=[{"name": "SIGTERM", "time": 0.0}])
-    requeue_at_the_end([str(run.path), "1", "{}", "", "85"])
+    cluster = '{"executor": "slurm", "ranks_per_node": 1, "timeout_min": 60}'
+    requeue_at_the_end([str(run.path), "1", cluster, "85"])
     end = next(event for event in run.events() if event["event"] == "end")
     assert (end["kind"] == "cancelled") is cancelled
     assert end["requeued"] is not cancelled
