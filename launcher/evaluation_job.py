@@ -58,11 +58,12 @@ def evaluates(folder: RunFolder) -> bool:
 def run_evaluation(folder: RunFolder, life: Life, rank: int) -> "TrainResult":
     """Evaluate what the run has come to, its averaged weights if it has them, and write that down (collective)."""
     import mvit
+    from mvit import distributed
     from mvit.starting_weights import trained_weights
 
     evaluation = Evaluation(RunFolder(Path(folder.identity()[_SUBJECT])))
     life.beat(0, "start")
-    trained = trained_weights(evaluation.subject.path)
+    trained = trained_weights(evaluation.subject.path, distributed.start())
     figures = mvit.evaluate(
         mvit.load_config(folder.config_file),
         trained.checkpoint,

@@ -6,11 +6,12 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+Answer = TypeVar("Answer")
 logger = logging.getLogger("mvit")
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -130,6 +131,18 @@ def together(action: Callable[[], object], what: str, *, here: bool = True) -> N
         except Exception as caught:  # whatever it is, the others wait for this rank's word
             error = caught
     raise_together(error, what)
+
+
+def on_main(action: Callable[[], Answer], what: str, ranks: RankInfo | None) -> Answer:
+    """Return on every rank what `action` returns on rank 0; its error is raised on all (collective).
+
+    Without `ranks` this process is alone and acts itself.
+    """
+    if ranks is None:
+        return action()
+    found: list[Answer] = []
+    together(lambda: found.append(action()), what, here=ranks.is_main)
+    return broadcast_object(found[0] if ranks.is_main else None)
 
 
 class StopAgreement:

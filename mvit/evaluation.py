@@ -11,10 +11,10 @@ from torch import Tensor
 from data_pipeline.loader import EvaluationLoader
 from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
-from mvit.checkpoint import CheckpointError, newest_valid
+from mvit.checkpoint import CheckpointError, newest_valid, newest_valid_on_all_ranks
 from mvit.checkpoint_load import whole_weights
 from mvit.config import ConfigError, RunConfig
-from mvit.distributed import RankInfo, logger, sum_over_ranks
+from mvit.distributed import RankInfo, logger, on_main, sum_over_ranks, together
 from mvit.progress import ProgressDisplay
 from mvit.tasks import create_task
 from mvit.tasks.base import Forward, Task
@@ -105,7 +105,11 @@ def evaluate(
     task = create_task(config)
     shards = open_validation(config)
     model = task.build_model()
-    logger.info("%s", task.load_weights(model, resolve_weights(weights, ema=ema)))
+
+    def load() -> None:
+        logger.info("%s", task.load_weights(model, resolve_weights(weights, ema=ema, ranks=ranks)))
+
+    together(load, "loading the weights")
     model.to(ranks.device).eval()
     precision = config.train.precision
     half = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -116,13 +120,18 @@ def evaluate(
         return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown, beat)
 
 
-def resolve_weights(source: str | Path | Mapping[str, Tensor], *, ema: bool = False) -> str | Path | Mapping[str, Any]:
-    """Turn a run or checkpoint folder into a state dict; leave files and state dicts as they are."""
+def resolve_weights(
+    source: str | Path | Mapping[str, Tensor], *, ema: bool = False, ranks: RankInfo | None = None
+) -> str | Path | Mapping[str, Any]:
+    """Turn a run or checkpoint folder into a state dict; leave files and state dicts as they are.
+
+    With `ranks`, all of them ask and what the source is, is found out once (collective).
+    """
     if isinstance(source, Mapping):
         return source
     path = Path(source)
-    if path.is_dir():
-        return dict(whole_weights(newest_checkpoint(path), ema=ema))
+    if on_main(path.is_dir, f"looking at {path}", ranks):
+        return dict(whole_weights(newest_checkpoint(path, ranks), ema=ema))
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder; name a run folder, a checkpoint or a weights file")
     if ema:
@@ -130,10 +139,16 @@ def resolve_weights(source: str | Path | Mapping[str, Tensor], *, ema: bool = Fa
     return path
 
 
-def newest_checkpoint(folder: str | Path) -> Path:
-    """Return a run folder's newest valid checkpoint, a checkpoint folder itself; raises CheckpointError without one."""
+def newest_checkpoint(folder: str | Path, ranks: RankInfo | None = None) -> Path:
+    """Return a run folder's newest valid checkpoint, a checkpoint folder itself; raises CheckpointError without one.
+
+    With `ranks`, all of them ask, verify a share each, and get the same answer (collective): a thousand ranks that
+    read the whole checkpoint would keep the file system busy for hours.
+    """
     path = Path(folder)
-    found = path if (path / "manifest.json").is_file() else newest_valid(path)
+    if on_main((path / "manifest.json").is_file, f"looking at {path}", ranks):
+        return path
+    found = newest_valid(path) if ranks is None else newest_valid_on_all_ranks(path, ranks)
     if found is None:
         raise CheckpointError(f"{path}: holds no checkpoint; name a run folder, a checkpoint or a weights file")
     return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mvit.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
+    from mvit.distributed import RankInfo
     from mvit.model.backbone import MViT
 
 _SHAPING = ("class_token", "expand", "absolute_positions", "relative_positions", "residual_pooling")
@@ -23,27 +24,41 @@ class TrainedWeights:
     """Whether the moving average is there; then it is the one to take."""
 
 
-def starting_weights(source: str | Path) -> tuple[str | Path | Mapping[str, Any], str]:
+def starting_weights(source: str | Path, ranks: "RankInfo | None" = None) -> tuple[str | Path | Mapping[str, Any], str]:
     """Return what `load_weights` takes, and words for the log, for a weights file, a run or a checkpoint folder.
 
-    A folder with a moving average gives that. Raises CheckpointError for what is none of the three.
+    A folder with a moving average gives that. With `ranks`, all of them ask, and a run's newest valid checkpoint is
+    looked for once (collective). Raises CheckpointError for what is none of the three.
     """
+    from mvit.checkpoint_load import whole_weights
+    from mvit.distributed import on_main
     from mvit.evaluation import resolve_weights
 
-    if not Path(source).is_dir():
-        return resolve_weights(source), str(source)
-    trained = trained_weights(source)
+    path = Path(source)
+    if not on_main(path.is_dir, f"looking at {path}", ranks):
+        return resolve_weights(path, ranks=ranks), str(source)
+    trained = trained_weights(path, ranks)
     which = "averaged weights (EMA)" if trained.averaged else "last weights (it has no average)"
-    return resolve_weights(trained.checkpoint, ema=trained.averaged), f"the {which} of {trained.checkpoint}"
+    # Nothing collective from here on: what fails now may fail on this rank alone.
+    return dict(whole_weights(trained.checkpoint, ema=trained.averaged)), f"the {which} of {trained.checkpoint}"
 
 
-def trained_weights(run_dir: str | Path) -> TrainedWeights:
-    """Return what a run has come to: its newest valid checkpoint; raises CheckpointError without one."""
+def trained_weights(run_dir: str | Path, ranks: "RankInfo | None" = None) -> TrainedWeights:
+    """Return what a run has come to: its newest valid checkpoint; raises CheckpointError without one.
+
+    With `ranks`, all of them ask, and the errors are raised on all (collective).
+    """
     from mvit.checkpoint import read_manifest
+    from mvit.distributed import on_main
     from mvit.evaluation import newest_checkpoint
 
-    manifest = read_manifest(newest_checkpoint(run_dir))
-    return TrainedWeights(manifest.path, manifest.step, manifest.has_ema)
+    path = newest_checkpoint(run_dir, ranks)
+
+    def read() -> TrainedWeights:
+        manifest = read_manifest(path)
+        return TrainedWeights(manifest.path, manifest.step, manifest.has_ema)
+
+    return on_main(read, f"reading {path}", ranks)
 
 
 def check_start(before: RunConfig, config: RunConfig) -> None:

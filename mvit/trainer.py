@@ -181,7 +181,7 @@ class _Run:
     def _load_weights(self, model: nn.Module) -> None:
         options = self.config.model
         assert options.weights is not None
-        source, told = starting_weights(options.weights)
+        source, told = starting_weights(options.weights, self.ranks)
         report = self.task.load_weights(model, source, new_head=options.new_head)
         logger.info("starting from %s: %s", told, report)
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 import mvit
+import mvit.checkpoint
+from mvit import distributed
 from mvit.checkpoint import CheckpointError, checkpoint_path, newest_valid
 from mvit.checkpoint_load import whole_weights
 from mvit.config import ConfigError, RunConfig
-from mvit.starting_weights import check_start, starting_weights
+from mvit.starting_weights import check_start, starting_weights, trained_weights
+from tests.mvit.synthetic_checkpoint import untrained, write_checkpoint
 from tests.mvit.test_training import tiny_config
+from tests.ranks import run_distributed
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
@@ -66,3 +70,60 @@ def test_another_network_is_refused_and_another_way_to_say_the_same_is_not() -> 
     for other in ({"variant": "mvitv2_small"}, {"class_token": True}, {"relative_positions": False}):
         with pytest.raises(ConfigError, match="its network cannot start from pre"):
             check_start(before, _config(**other))
+
+
+# --- on many ranks --------------------------------------------------------------------------------------------
+
+
+def _find_on_ranks(run_dir: Path) -> tuple[list[str], str, str]:
+    """Return the files that this rank hashed, what it found, and the error of a search without a result."""
+    hashed: list[str] = []
+    real = mvit.checkpoint.file_sha256
+
+    def note(path: Path, **options: Any) -> str | None:
+        hashed.append(f"{path.parent.name}/{path.name}")
+        return real(path, **options)
+
+    mvit.checkpoint.file_sha256 = note
+    ranks = distributed.start()
+    weights, told = starting_weights(run_dir, ranks)
+    assert isinstance(weights, dict)
+    try:
+        starting_weights(run_dir.parent / "nowhere", ranks)
+        error = "none"
+    except (CheckpointError, RuntimeError) as caught:
+        error = str(caught)
+    return hashed, told, error
+
+
+def test_all_ranks_together_read_a_checkpoint_once_and_agree(tmp_path: Path) -> None:
+    config = untrained(tmp_path)
+    damaged = write_checkpoint(config, step=2)
+    (damaged / "rank_00001.safetensors").write_bytes(b"")
+    found = run_distributed(_find_on_ranks, 2, config.run_dir)
+    files = [f"rank_0000{number}.safetensors" for number in range(3)]
+    assert sorted(file for hashed, _, _ in found for file in hashed) == [
+        *(f"step_00000001/{file}" for file in files),
+        f"step_00000002/{files[0]}",
+        f"step_00000002/{files[2]}",
+    ]
+    assert {told for _, told, _ in found} == {
+        f"the last weights (it has no average) of {config.run_dir}/checkpoints/step_00000001"
+    }
+    assert all("no such file or folder" in error for *_, error in found)
+
+
+def _fail_on_ranks(run_dir: Path) -> str:
+    try:
+        trained_weights(run_dir, distributed.start())
+    except (CheckpointError, RuntimeError) as error:
+        return str(error)
+    return "none"
+
+
+def test_what_rank_0_cannot_use_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    config = untrained(tmp_path)
+    (config.run_dir / "checkpoints" / "step_00000001" / "rank_00001.safetensors").unlink()
+    assert all("none is usable" in told for told in run_distributed(_fail_on_ranks, 2, config.run_dir))
+    with pytest.raises(CheckpointError, match="none is usable"):
+        trained_weights(config.run_dir)  # without a process group

@@ -12,7 +12,7 @@ class TrainedWeights:
     averaged: bool
 
 
-def trained_weights(run_dir: Path) -> TrainedWeights:
+def trained_weights(run_dir: Path, ranks: None) -> TrainedWeights:
     newest = max((run_dir / "checkpoints").glob("step_*"))
     return TrainedWeights(newest, int(newest.name[5:]), averaged=True)
 
