@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.fired_faults import fired_faults
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder
 
@@ -68,7 +69,9 @@ def failure_text(run: RunFolder, attempt: int) -> str:
 def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks: dict[int, str]) -> Failure:
     rank = record["rank"]
     parts = [tracebacks.get(rank) or _tail(run.attempt_dir(attempt) / f"rank_{rank:04d}.log")]
-    if record["signal"] == "SIGKILL":
+    if drills := fired_faults(run, [record]):
+        parts += map(str, drills)
+    elif record["signal"] == "SIGKILL":
         parts.append("nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9")
     elif record["signal"] is None and not any(parts):
         parts.append(_submitit_tail(run, attempt))  # it did not come as far as its own log

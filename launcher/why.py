@@ -4,12 +4,13 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.ending import classify
 from launcher.failure import failure_text, first_failure
+from launcher.fired_faults import FiredFault, fired_faults
 from launcher.judgement import Judgement, judge, last_end
 from launcher.logs import number_ranges
 from launcher.processes import node_name
@@ -46,7 +47,8 @@ class Explanation:
     attempt: int | None  # the life explained; None while no life has ended
     end: dict[str, Any]  # its end event; without a record of one, what its ranks' records tell
     first_failure: dict[str, Any]  # of a rank that failed: rank, host, headline, text
-    ranks: list[dict[str, Any]]  # where the ranks were: phase, step, ranks
+    ranks: list[dict[str, Any]]  # where the ranks were: phase, step (that of the phase, not the last done), ranks
+    drills: list[dict[str, Any]]  # faults of MVIT_FAULTS that happened in it: fault, rank, where, time
     signals: dict[str, list[int]]  # signal received → ranks
     stacks: dict[str, str]  # of a hang, of the rank it began with: file, text
     num_stacks: int  # ranks whose stacks were dumped
@@ -76,12 +78,13 @@ class Explanation:
         failure = self.first_failure
         if failure and failure["headline"] not in str(detail):
             lines.append(f"  first to fail: {failure['headline']}")
+        lines += [f"  {text}" for text in _drill_lines(self.drills) if text not in failure.get("text", "")]
         if self.signals:
             told = "; ".join(f"{name} reached rank(s) {number_ranges(ranks)}" for name, ranks in self.signals.items())
             lines.append(f"  {told}")
-        if self.ranks and (len(self.ranks) > 1 or kind == "hung"):
+        if kind != "finished" and (len(self.ranks) > 1 or kind == "hung"):
             lines += [
-                f"  {len(place['ranks'])} rank(s) in {place['phase']} of step {place['step']}: "
+                f"  {len(place['ranks'])} rank(s) {_place(place['phase'], place['step'])}: "
                 f"{number_ranges(place['ranks'])}"
                 for place in self.ranks
             ]
@@ -135,6 +138,7 @@ def explain(run_dir: str | Path, attempt: int | None = None, queue: SlurmQueue |
     records = [] if attempt is None else run.rank_records(attempt)
     failed = end.get("cause") == "failed" and end.get("kind") not in _NO_RANK_S_FAULT
     failure = _first_failure(run, attempt) if failed and attempt is not None else {}
+    drills = fired_faults(run, records)
     stacks = [] if attempt is None else sorted(run.attempt_dir(attempt).glob("rank_*.stacks.txt"))
     return Explanation(
         run_dir=str(run.path),
@@ -145,10 +149,11 @@ def explain(run_dir: str | Path, attempt: int | None = None, queue: SlurmQueue |
         end=end,
         first_failure=failure,
         ranks=_places(records),
+        drills=[asdict(drill) for drill in drills],
         signals=_signals(records),
         stacks=_stacks_of_first(run, attempt, end) if hung and attempt is not None else {},
         num_stacks=len(stacks),
-        out_of_memory=_out_of_memory(records, failure, judgement),
+        out_of_memory="" if drills else _out_of_memory(records, failure, judgement),
         excluded=excluded_nodes(events, now),
         history=_history(events, judgement, now),
     )
@@ -197,6 +202,29 @@ def _places(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             places.setdefault((record["last_phase"], record.get("last_step") or 0), []).append(record["rank"])
     found = [{"phase": phase, "step": step, "ranks": ranks} for (phase, step), ranks in places.items()]
     return sorted(found, key=lambda place: len(place["ranks"]))
+
+
+def _place(phase: str, step: int) -> str:
+    """Say where a rank was: the step of a batch or of the step itself is under way, that of other phases is done."""
+    if step == 0:  # in a job that only evaluates it stays 0
+        return "before the first step" if phase == "start" else f"in phase {phase}"
+    if phase in ("data", "compute"):
+        return f"in step {step} ({phase})"
+    return f"leaving after step {step}" if phase == "end" else f"after step {step} ({phase})"
+
+
+def _drill_lines(drills: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each fault, one for all ranks that it was asked for on."""
+    same: dict[tuple[str, str], list[FiredFault]] = {}
+    for drill in drills:
+        fired = FiredFault(**drill)
+        same.setdefault((fired.fault.partition(":")[0], fired.where), []).append(fired)
+    return [
+        str(some[0])
+        if len(some) == 1
+        else f"{replace(some[0], fault=fault)}, on ranks {number_ranges(one.rank for one in some)}"
+        for (fault, _), some in same.items()
+    ]
 
 
 def _signals(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:

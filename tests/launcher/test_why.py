@@ -71,8 +71,8 @@ def test_a_hang_is_told_by_rank_phase_stacks_decision_and_history(
         "Slurm says PENDING (BeginTime): its begin time has not come: after a requeue Slurm waits",
         "expected to start at 2030-01-01 08:00:00",
         ": hung\n  rank 2 on node2 stood still in step 41 (data) for 105 s",
-        "1 rank(s) in data of step 41: 2",
-        "3 rank(s) in compute of step 42: 0-1, 3",
+        "1 rank(s) in step 41 (data): 2",
+        "3 rank(s) in step 42 (compute): 0-1, 3",
         "SIGTERM reached rank(s) 0-1",
         "rank_0002.stacks.txt",
         "  stack of rank 2",
@@ -122,6 +122,79 @@ def test_a_rank_that_raised_is_named_with_its_traceback(tmp_path: Path, capsys: 
     assert f"what followed: not requeued: {reason}" in text
     assert f"continue with: mvit resume {run.path}" in text
     assert explain(run.path).first_failure["rank"] == 1
+
+
+def test_where_ranks_were_tells_the_step_under_way_from_one_that_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    places = [("start", 0), ("data", 7), ("compute", 7), ("save", 6), ("evaluate", 6), ("log", 6), ("end", 6)]
+    for number, (phase, step) in enumerate(places):
+        rank(run, 1, number, signal="SIGKILL", ended_because="it", last_phase=phase, last_step=step)
+    event(run, "end", 1, 0, cause="stopped", kind="cancelled", detail="cancelled", requeued=False)
+    text = _why(run, capsys)
+    for expected in (
+        "1 rank(s) before the first step: 0",
+        "1 rank(s) in step 7 (data): 1",
+        "1 rank(s) in step 7 (compute): 2",
+        "1 rank(s) after step 6 (save): 3",
+        "1 rank(s) after step 6 (evaluate): 4",
+        "1 rank(s) after step 6 (log): 5",
+        "1 rank(s) leaving after step 6: 6",
+    ):
+        assert expected in text
+
+
+def test_of_a_finished_run_nobody_is_told_where_its_ranks_were(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    rank(run, 1, 0, exit_code=0, last_phase="end", last_step=9)
+    rank(run, 1, 1, exit_code=0, last_phase="save", last_step=9)
+    event(run, "end", 1, 0, cause="finished", kind="finished", detail="the run is complete", requeued=False)
+    assert "rank(s)" not in _why(run, capsys)
+
+
+@pytest.mark.parametrize(
+    ("mark", "is_drill"),
+    [
+        ({"pid": 101, "time": time.time() - 30}, True),
+        ({"pid": 101, "time": time.time() - 3000}, False),  # of an earlier life, with the same pid
+        ({"pid": 77, "time": time.time() - 30}, False),
+    ],
+    ids=["this life", "earlier life", "another process"],
+)
+def test_a_kill_that_a_fire_drill_did_is_no_guess_about_memory(
+    tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], mark: dict, is_drill: bool
+) -> None:
+    written.tool(slurm.folder / "dmesg", "echo nothing")
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    rank(run, 1, 1, signal="SIGKILL", node=node, started=time.time() - 50)
+    detail = f"rank 1 on {node} (pid 101) died: killed by SIGKILL"
+    event(run, "end", 1, 0, cause="failed", kind="killed", detail=detail, rank=1, requeued=False)
+    write_json(run.path / "faults" / "kill@5:1.1", mark | {"where": "at step 5"})
+    told = _why(run, capsys)
+    assert main(["status", str(run.path)]) == 0
+    for text in (told, capsys.readouterr().out):
+        assert text.count("fire drill: kill@5:1 of MVIT_FAULTS, at step 5") == is_drill
+        assert ("out-of-memory killer" in text) is not is_drill
+    assert ("somebody's kill -9" in told) is not is_drill
+    assert [drill["fault"] for drill in explain(run.path).drills] == ["kill@5:1"] * is_drill
+
+
+def test_a_fault_on_every_rank_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    for number in range(3):
+        rank(run, 1, number, exit_code=85, started=time.time() - 50)
+        mark = {"pid": 100 + number, "time": time.time() - 9, "where": "at step 4"}
+        write_json(run.path / "faults" / f"stop@4:{number}.1", mark)
+    event(run, "end", 1, 0, cause="stopped", kind="signalled", detail="told to stop", requeued=False)
+    assert "  fire drill: stop@4 of MVIT_FAULTS, at step 4, on ranks 0-2" in _why(run, capsys)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +286,9 @@ def test_the_hang_of_a_real_job_is_told_with_the_line_it_stood_in(project: Proje
     assert result.returncode == 1
     assert "stood still in step 20 (compute)" in result.stderr
     told = project.mvit("why", str(project.run_dir))
+    assert "fire drill: hang@20:1 of MVIT_FAULTS, at step 20" in told.stdout
     assert ": hung\n  rank 1 on " in told.stdout
-    assert "1 rank(s) in compute of step 20: 1" in told.stdout
+    assert "1 rank(s) in step 20 (compute): 1" in told.stdout
     assert "rank_0001.stacks.txt" in told.stdout
     assert "in _hang" in told.stdout  # the line of code
     stacks = project.mvit("logs", str(project.run_dir), "--stacks").stdout
