@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from data_pipeline.settings import Settings
 from launcher import faults
 
 NUM_CPU_RANKS = 2  # of `ranks_per_node: auto` without GPUs: the fewest that exercise every distributed path
+_LEAST_MEM_MB = 1024  # below this, a number without a unit was not meant in sbatch's megabytes
 _SLURM_ONLY = ("mem", "partition", "account", "qos", "constraint", "exclude", "comment", "setup", "sbatch")
 _OWN_SBATCH = {  # sbatch's name → the key of the cluster file that sets it
     "nodes": "nodes",
@@ -57,7 +66,7 @@ class ClusterConfig(Settings):
     cpus_per_rank: PositiveInt | None = None
     """CPU cores of each rank, data workers included; also its OMP_NUM_THREADS."""
     mem: str | None = None
-    """Memory per node in sbatch's notation, `0` for all of it."""
+    """Memory per node in sbatch's notation, `500G` for one; `0` for all of it."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -89,6 +98,20 @@ class ClusterConfig(Settings):
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
     """Any other sbatch parameter by its name: `exclusive: true`, `mail-type: END`."""
 
+    @field_validator("mem", mode="before")
+    @classmethod
+    def _mem_has_a_unit(cls, value: object) -> object:
+        """Accept a number that YAML has read, and refuse one that sbatch would take for far too few megabytes."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, str) and value.isdigit() and 0 < int(value) < _LEAST_MEM_MB:
+            raise ValueError(
+                f"mem={value}: sbatch reads a number without a unit as megabytes, so this is {value} MB for all ranks "
+                f"of a node. Set mem={value}G for gigabytes, mem=0 for all of a node's memory, or mem={value}M if it "
+                "is meant so."
+            )
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.executor == "local":
@@ -102,11 +125,14 @@ class ClusterConfig(Settings):
                 f"ranks_per_node={ranks} contradicts gpus_per_node={gpus}: a rank drives exactly one GPU. "
                 "Drop ranks_per_node, or set gpus_per_node=0 for CPU ranks."
             )
-        if self.timeout_min is not None and self.timeout_min * 60 <= self.signal_delay_s + 60:
+        taken_s = self.signal_delay_s + 60
+        if self.timeout_min is not None and self.timeout_min * 60 <= taken_s:
             raise ValueError(
-                f"timeout_min={self.timeout_min} ({self.timeout_min * 60} s) leaves no time to train: "
-                f"the job is told to save signal_delay_s={self.signal_delay_s} s before its end. Set timeout_min "
-                f"above {math.ceil((self.signal_delay_s + 60) / 60)} or lower signal_delay_s."
+                f"timeout_min={self.timeout_min} ({self.timeout_min * 60} s) leaves no time to train: the job is told "
+                f"to save signal_delay_s={self.signal_delay_s} s before its end, and by Slurm's whole minutes up to "
+                f"60 s earlier still, {taken_s} s in all. Set timeout_min={taken_s // 60 + 1} at least; "
+                f"timeout_min={math.ceil(taken_s / 12)} trains for four fifths of each life. Or lower signal_delay_s "
+                "to what a save and a step take."
             )
         return self
 

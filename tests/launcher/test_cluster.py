@@ -54,7 +54,10 @@ def test_asking_for_gpus_that_are_not_there_is_refused(monkeypatch: pytest.Monke
         ({"executor": "slrum"}, r"executor='slrum'.*'local' or 'slurm'"),
         ({"nodes": 0}, "nodes=0: Input should be greater than 0"),
         ({"timeout_min": None}, "timeout_min is missing"),
-        ({"timeout_min": 4}, "timeout_min=4 .* leaves no time to train.*signal_delay_s=180"),
+        ({"timeout_min": 4}, "timeout_min=4 .240 s. leaves no time to train.*signal_delay_s=180 s before .*240 s in"),
+        ({"mem": 100}, r"mem=100: sbatch reads .* as megabytes, so this is 100 MB .* Set mem=100G .*mem=100M"),
+        ({"mem": "64"}, "mem=64: .*Set mem=64G"),
+        ({"mem": True}, "mem=True: Input should be a valid string"),
         ({"ranks_per_node": 4}, "ranks_per_node=4 contradicts gpus_per_node=8"),
         ({"gpus_per_node": "auto"}, "cannot be counted from here"),
         ({"gpus_per_node": 0}, "ranks_per_node=auto with gpus_per_node=0"),
@@ -68,6 +71,22 @@ def test_a_wrong_cluster_file_is_named_with_key_and_way_out(change: dict, messag
     with pytest.raises(ClusterError, match=message) as error:
         parse_cluster({**SLURM, **change}, "my_cluster.yaml")
     assert str(error.value).startswith("my_cluster.yaml: ")
+
+
+@pytest.mark.parametrize(("lead", "least"), [(180, 5), (179, 4), (181, 5), (60, 3), (10, 2)])
+def test_the_time_limit_that_a_refusal_names_works(lead: int, least: int) -> None:
+    settings = SLURM | {"signal_delay_s": lead}
+    with pytest.raises(ClusterError, match=f"Set timeout_min={least} at least"):
+        parse_cluster(settings | {"timeout_min": least - 1}, "file")
+    parse_cluster(settings | {"timeout_min": least}, "file")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [(0, "0"), ("0", "0"), (64000, "64000"), ("64000", "64000"), ("100M", "100M"), ("9G", "9G")]
+)
+def test_memory_that_can_be_meant_is_given_to_sbatch_as_it_stands(given: object, meant: str) -> None:
+    assert parse_cluster(SLURM | {"mem": given}, "file").mem == meant
+    assert parse_cluster(SLURM, "file", [f"mem={given}"]).mem == meant
 
 
 def test_a_missing_cluster_file_is_answered_with_the_ones_there_are(tmp_path: Path) -> None:
