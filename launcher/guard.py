@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from launcher.lives import close_attempt_if_over, is_alive_record
 from launcher.preemption import EXIT_FENCED, EXIT_HUNG, STOP_SIGNALS
 from launcher.processes import describe_state, identify, node_name
 from launcher.run_folder import RunFolder, rank_file, read_records, write_first, write_json
-from launcher.stacks import STACKS_FD, dump_stacks
-from launcher.watchdog import Stall, Watchdog
+from launcher.stacks import STACKS_FD, read_stacks
+from launcher.watchdog import RESERVE_S, AwakeClock, Stall, Watchdog
 
 POLL_S = 0.25
 GRACE_S = 1.5  # for a rank to write its own traceback after a peer has failed
@@ -84,8 +84,11 @@ class _Watch:
 
     def __init__(self, guard: Guard, pid: int, heartbeat: Heartbeat, stacks: int) -> None:
         self._guard, self._pid, self._heartbeat, self._stacks = guard, pid, heartbeat, stacks
-        self._watchdog = Watchdog(guard.hang_timeout_s, guard.start_timeout_s)
-        self._started = time.time()
+        # A look after the limit every guard knows of the hang, another one later all are ended.
+        self._watchdog = Watchdog(guard.hang_timeout_s, guard.start_timeout_s, RESERVE_S + 2 * guard.look_s)
+        self._clock = AwakeClock(time.monotonic())
+        self._has_begun = self._hangs_somewhere = False
+        self._told: set[str] = set()
         self._reason: str | None = None
         self._deadline = float("inf")  # when the rank is killed
         self._next_look = time.monotonic()
@@ -100,7 +103,7 @@ class _Watch:
             "pid": pid,
             "process": None if process is None else process.to_dict(),
             "guard": own.to_dict(),
-            "started": self._started,
+            "started": time.time(),
             "signals": [],
         }
         self._write()
@@ -112,12 +115,17 @@ class _Watch:
             if received is not None and received.si_signo in STOP_SIGNALS:  # 0 after a suspension
                 self._forward(received.si_signo)
             now = time.monotonic()
+            beat = self._heartbeat.read()
+            stall = self._watchdog.look(beat, self._clock.read(now))
+            if beat is not None and not self._has_begun:
+                self._has_begun = True
+                self._forward_again()
             if os.getppid() != self._guard.parent_pid:
                 who = "submitit's controller" if self._guard.is_local else "Slurm's step daemon"
                 self._end_because(f"{who} (pid {self._guard.parent_pid}) is gone", 0.0)
-            elif now >= self._next_look:
+            elif now >= self._next_look or (stall is not None and self._reason is None):
                 self._next_look = now + self._guard.look_s
-                self._look()
+                self._look(stall)
             if now > self._deadline:
                 os.kill(self._pid, signal.SIGKILL)
 
@@ -134,7 +142,8 @@ class _Watch:
             return
         print(headline, file=sys.stderr, flush=True)
         if self._reason is None and code != EXIT_FENCED:
-            write_first(self._guard.attempt_dir / "failed.json", {"rank": self._guard.rank, "time": time.time()})
+            mark = {"rank": self._guard.rank, "time": time.time()}
+            self._try(lambda: write_first(self._guard.attempt_dir / "failed.json", mark), "the mark of this failure")
 
     def _forward(self, signum: int) -> None:
         os.kill(self._pid, signum)
@@ -142,21 +151,28 @@ class _Watch:
         self._record |= {"signals": [*self._record["signals"], received]} | self._last_beat()
         self._write()  # at once: SIGKILL may be next
 
-    def _look(self) -> None:
+    def _forward_again(self) -> None:
+        """Repeat what was forwarded before the rank had handlers: it ignored that."""
+        for received in self._record["signals"]:
+            os.kill(self._pid, signal.Signals[received["name"]])
+
+    def _look(self, stall: Stall | None) -> None:
         """Look for a reason to end the rank: a later life, a failed or hung peer, its own silence."""
+        self._try(self._look_at_run, "a look into the run folder")
+        if self._reason is not None:
+            return
+        if stall is not None:
+            self._try(lambda: write_first(self._hang_file, self._hang(stall)), "the mark of this hang")
+        if stall is not None or self._hangs_somewhere:
+            self._dump(stall)
+
+    def _look_at_run(self) -> None:
         if (owner := owner_of(self._guard.run.path)) > self._guard.attempt:
             self.exit_code = EXIT_FENCED
             self._end_because(f"life {owner} of the run has taken over", 0.0)
-        if self._reason is not None:
-            return
-        if peer := self._failed_peer():
+        if self._reason is None and (peer := self._failed_peer()):
             self._end_because(peer, GRACE_S)
-            return
-        stall = self._watchdog.look(self._heartbeat.read(), self._started, time.time())
-        if stall is not None:
-            write_first(self._hang_file, self._hang(stall))
-        if self._hang_file.exists():
-            self._dump(stall)
+        self._hangs_somewhere = self._hang_file.exists()
 
     @property
     def _hang_file(self) -> Path:
@@ -176,7 +192,10 @@ class _Watch:
     def _dump(self, stall: Stall | None) -> None:
         """Dump this rank's stacks, since some rank hangs, and end it when all others had time to do the same."""
         self._record |= {"hung": stall is not None, "state": describe_state(self._pid)} | self._last_beat()
-        dump_stacks(self._pid, self._stacks, rank_file(self._guard.attempt_dir, self._guard.rank, ".stacks.txt"))
+        stacks = read_stacks(self._pid, self._stacks)
+        file = rank_file(self._guard.attempt_dir, self._guard.rank, ".stacks.txt")
+        if not self._try(lambda: file.write_text(stacks), "the stacks of its rank, which are below"):
+            print(stacks, file=sys.stderr, flush=True)
         self._write()
         self.exit_code = EXIT_HUNG
         self._end_because("a rank hangs (hang.json)", 2 * self._guard.look_s + 1)
@@ -202,10 +221,22 @@ class _Watch:
         return {"last_step": beat.step, "last_phase": beat.phase, "last_beat": beat.time}
 
     def _write(self) -> None:
+        file = rank_file(self._guard.attempt_dir, self._guard.rank, ".json")
+        self._try(lambda: write_json(file, self._record), "its record")
+
+    def _try(self, action: Callable[[], object], what: str) -> bool:
+        """Do something with the file system, go on if it is full or away, and say whether it was done.
+
+        The rank dies with its guard: it must live on and save, and its exit code must not be lost.
+        """
         try:
-            write_json(rank_file(self._guard.attempt_dir, self._guard.rank, ".json"), self._record)
-        except OSError as error:  # a full disk: the rank must live on and save, and its exit code must not be lost
-            print(f"the record of rank {self._guard.rank} is not written: {error}", file=sys.stderr, flush=True)
+            action()
+            return True
+        except OSError as error:
+            if (told := f"the guard of rank {self._guard.rank} lacks {what}: {error}") not in self._told:
+                self._told.add(told)  # a look fails several times a second
+                print(told, file=sys.stderr, flush=True)
+            return False
 
 
 def _prepare_rank() -> None:

@@ -7,7 +7,6 @@ import faulthandler
 import os
 import signal
 import time
-from pathlib import Path
 
 STACKS_FD = "MVIT_STACKS_FD"
 _WAIT_S = 2.0  # faulthandler writes within milliseconds, if the process runs at all
@@ -22,8 +21,8 @@ def register_dump() -> None:
         faulthandler.register(signal.SIGUSR1, file=int(descriptor), all_threads=True, chain=False)
 
 
-def dump_stacks(pid: int, descriptor: int, target: Path) -> None:
-    """Ask a rank for its stacks and write them to `target`; where it does not answer, say so there."""
+def read_stacks(pid: int, descriptor: int) -> str:
+    """Ask a rank for its stacks and return them; where it does not answer, words that say so."""
     os.kill(pid, signal.SIGUSR1)
     deadline, size = time.monotonic() + _WAIT_S, 0
     while time.monotonic() < deadline:
@@ -32,4 +31,4 @@ def dump_stacks(pid: int, descriptor: int, target: Path) -> None:
         if size and size == before:
             break
     text = os.pread(descriptor, size, 0).decode(errors="replace")
-    target.write_text(text or "no answer: the process is stopped, stuck in the kernel, or has not begun to train\n")
+    return text or "no answer: the process is stopped, stuck in the kernel, or has not begun to train\n"
