@@ -1,6 +1,8 @@
 """The commands that train, submit, evaluate, export, pack and measure: load what they need, call it, print."""
 
+import difflib
 import json
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.submit import Submission
+
+_NEAR_MISS = 0.75  # similarity of a key to one of the cluster file's; no key of a recipe comes near
 
 # Every import of launcher modules stands in a function: `mvit --help` must not wait for pydantic, submitit or torch.
 
@@ -284,13 +288,19 @@ def split_overrides(args: Namespace) -> tuple[list[str], list[str]]:
 
 
 def _split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the recipe's overrides from those of the cluster file: `cluster.nodes=2`, or `nodes=2` for short."""
-    from launcher.cluster import ClusterConfig
+    """Separate the recipe's overrides from those of the cluster file: `cluster.nodes=2`, or `nodes=2` for short.
+
+    Raises ClusterError for a key that is nearly one of the cluster file's.
+    """
+    from launcher.cluster import ClusterConfig, ClusterError
 
     of_recipe, of_cluster = [], []
     for word in words:
-        key = word.split("=")[0]
-        is_cluster = key.startswith("cluster.") or key in ClusterConfig.model_fields  # no recipe has a key like these
+        key = re.split(r"[.=]", word)[0]
+        is_cluster = key == "cluster" or key in ClusterConfig.model_fields  # no recipe has a key like these
+        close = difflib.get_close_matches(key, ClusterConfig.model_fields, n=1, cutoff=_NEAR_MISS)
+        if close and not is_cluster:
+            raise ClusterError(f"{word}: unknown key {key!r}: did you mean {close[0]} (of the cluster file)?")
         (of_cluster if is_cluster else of_recipe).append(word.removeprefix("cluster."))
     return of_recipe, of_cluster
 

@@ -1,5 +1,7 @@
 """The command line: quick, helpful about mistakes, and honest in its exit codes."""
 
+import argparse
+import ast
 import json
 import re
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import build_parser, main
+from launcher.commands import split_overrides
 from tests.launcher.project import ROOT, Project
 
 COMMANDS = [
@@ -106,6 +109,29 @@ def test_settings_may_stand_before_and_after_options_and_the_cluster_s_among_the
     result = project.mvit("submit", "recipe.yaml", "global_batch_size=12", *options, f"{key}=3")
     assert result.returncode == 0, result.stderr
     assert "4 samples x 3 ranks = 12" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("partiton=low", "partition"), ("acount=a", "account"), ("envs.A=1", "env"), ("node=2", "nodes")],
+)
+@pytest.mark.parametrize("command", [("submit", "recipe.yaml"), ("resume", "runs/trial"), ("doctor", "recipe.yaml")])
+def test_a_misspelt_key_of_the_cluster_file_is_met_with_the_near_miss(
+    command: tuple[str, ...], word: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--cluster", str(ROOT / "configs" / "cluster" / "slurm_8x8.yaml"), word]) == 1
+    assert f"{word}: unknown key" in (told := capsys.readouterr().err)
+    assert f"did you mean {meant} (of the cluster file)?" in told
+
+
+def test_no_key_of_a_recipe_is_taken_for_a_misspelt_one_of_the_cluster_file() -> None:
+    tree = ast.parse((ROOT / "mvit" / "config.py").read_text())
+    (recipe,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RunConfig"]
+    keys = [ast.unparse(node.target) for node in recipe.body if isinstance(node, ast.AnnAssign)]
+    assert "optim" in keys
+    for key in keys:
+        args = argparse.Namespace(overrides=[f"{key}=1"], nodes=None)
+        assert split_overrides(args) == ([f"{key}=1"], [])
 
 
 def test_an_error_is_one_message_and_a_traceback_only_with_debug(project: Project) -> None:
