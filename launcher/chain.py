@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from launcher.cluster import ClusterConfig, ClusterError, Placement, load_cluster, place
 from launcher.dependency import Upstream, wait_for
 from launcher.evaluation_job import Evaluation, create_evaluation
+from launcher.recipe_folder import recipe_run_dir
 from launcher.run_folder import RunFolder
 from launcher.slurm_queue import ask_squeue
 from launcher.submission_checks import check_submission
@@ -23,6 +24,7 @@ from launcher.submit import (
     create_run,
     describe_job,
     dry_run,
+    refuse_taken,
     submit_attempt,
 )
 
@@ -82,14 +84,18 @@ def plan_chain(steps: Sequence[Step], cluster_file: str, *, evaluate: bool = Fal
     """Read all recipes and the cluster file, and put the jobs in a row.
 
     The first step's cluster settings hold for all, those of a later one come on top. Each run starts from the one
-    before it (the first from `after`), unless its recipe or overrides say model.weights. Raises ValueError for what
-    cannot be read, and ChainError or ConfigError for runs that cannot follow each other.
+    before it (the first from `after`), unless its recipe or overrides say model.weights. Raises RunFolderError for a
+    folder that is taken, ValueError for what cannot be read, and ChainError or ConfigError for runs that cannot follow
+    each other.
     """
     import mvit
 
     first, *later = steps
     clusters = [load_cluster(cluster_file, list(first.of_cluster))]
     clusters += [load_cluster(cluster_file, [*first.of_cluster, *step.of_cluster]) for step in later]
+    for step in steps:  # before torch is imported for the whole configs
+        if (run_dir := recipe_run_dir(step.recipe, step.overrides)) is not None:
+            refuse_taken(RunFolder(run_dir))
     upstream, before = None, None
     if after is not None:
         upstream = wait_for(after, clusters[0].executor)
@@ -111,9 +117,9 @@ def check_chain(chain: Chain, *, check_data: bool) -> None:
         if link.is_evaluation:
             check_submission(link.cluster, link.placement)
             continue
+        check_new(link.config, link.cluster, chain.after if number == 0 else None)
         if check_data:
             check_data_is_there(link.config)
-        check_new(link.config, link.cluster, chain.after if number == 0 else None)
 
 
 def submit_chain(chain: Chain, command: Sequence[str]) -> list[Submission]:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -104,12 +104,30 @@ def check_new(config: "RunConfig", cluster: ClusterConfig, after: Upstream | Non
 
     Raises ConfigError, ClusterError or RunFolderError.
     """
+    refuse_taken(RunFolder(config.run_dir.absolute()))
     placement = place(cluster)
-    config.batch_arithmetic(placement.world_size)
-    faults.parse(cluster.env.get(faults.VARIABLE, ""), placement.world_size)  # one of no rank would never happen
-    _refuse_taken(RunFolder(config.run_dir.absolute()))
-    check_submission(cluster, placement, None if after is None else after.dependency)
+    _check_request(config, cluster, placement, after)
     return placement
+
+
+def _check_request(config: "RunConfig", cluster: ClusterConfig, placement: Placement, after: Upstream | None) -> None:
+    """Raise ValueError with everything that is wrong at once: too many nodes rarely divide the batch, either."""
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: check_submission(cluster, placement, None if after is None else after.dependency),
+        lambda: config.batch_arithmetic(placement.world_size),
+        # a fault of a rank that does not exist would never happen
+        lambda: faults.parse(cluster.env.get(faults.VARIABLE, ""), placement.world_size),
+    )
+    problems: list[ValueError] = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ClusterError("\n".join(map(str, problems)))
 
 
 def submit_resume(run: RunFolder, config: "RunConfig", cluster: ClusterConfig) -> Submission:
@@ -122,8 +140,7 @@ def submit_resume(run: RunFolder, config: "RunConfig", cluster: ClusterConfig) -
     before = None if run.checkpoint_step() else Upstream.of(run.events())
     after = None if before is None else wait_for(before.run_dir, cluster.executor)
     placement = place(cluster)
-    config.batch_arithmetic(placement.world_size)
-    check_submission(cluster, placement, None if after is None else after.dependency)
+    _check_request(config, cluster, placement, after)
     run.config_file.write_text(config.to_yaml())
     return submit_attempt(run, cluster, placement, after)
 
@@ -137,7 +154,7 @@ def dry_run(config: "RunConfig", cluster: ClusterConfig, dependency: str | None 
     placement = place(cluster)
     arithmetic = config.batch_arithmetic(placement.world_size)
     run = RunFolder(config.run_dir.absolute())
-    _refuse_taken(run)
+    refuse_taken(run)
     return describe_job(run, config.name, cluster, placement, str(arithmetic).splitlines(), dependency)
 
 
@@ -166,7 +183,8 @@ def describe_job(
     return "\n".join([*lines, f"# no batch script with executor: local; each rank runs under\n{command}"])
 
 
-def _refuse_taken(run: RunFolder) -> None:
+def refuse_taken(run: RunFolder) -> None:
+    """Raise RunFolderError if the folder holds something that a new run must not replace."""
     if not _never_saved(run):
         refuse_foreign(run)
 

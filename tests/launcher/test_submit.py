@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launcher.project import Project
+import mvit
+from launcher.recipe_folder import recipe_run_dir
+from tests.launcher import recorded
+from tests.launcher.project import ROOT, Project
 
 SLURM = {
     "executor": "slurm",
@@ -24,6 +27,7 @@ SLURM = {
     "env": {"NCCL_DEBUG": "WARN two"},
     "sbatch": {"exclusive": True, "mail-type": "END"},
 }
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "cluster")
 DRY_RUN = ("submit", "recipe.yaml", "--cluster", "slurm.yaml", "--dry-run")
 
 
@@ -185,6 +189,50 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_created(proj
     assert result.returncode == 1
     assert "global_batch_size=7 does not divide by 2 ranks" in result.stderr
     assert not project.run_dir.exists()
+
+
+def test_too_many_nodes_and_a_batch_that_does_not_divide_are_told_at_once(
+    slurm_project: Project, tmp_path: Path
+) -> None:
+    recorded.install(tmp_path / "bin")
+    environment = slurm_project.environment()
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{environment['PATH']}"}
+    (slurm_project.root / "small.yaml").write_text("executor: slurm\nranks_per_node: 1\ntimeout_min: 20\n")
+    command = ("submit", "recipe.yaml", "--cluster", "small.yaml", "nodes=100")
+    result = slurm_project.mvit(*command, environment=environment)
+
+    assert result.returncode == 1
+    *_, first, second = result.stderr.splitlines()  # after the warning of a drained node
+    assert first.startswith("error: nodes=100: of the 4 node(s) of partition 'low', 4 exist")
+    assert second == "global_batch_size=8 does not divide by 100 ranks"
+    assert not slurm_project.run_dir.exists()
+
+
+def test_a_folder_that_is_taken_is_refused_before_the_recipe_is_loaded_and_shards_are_looked_at(
+    project: Project,
+) -> None:
+    project.run_dir.mkdir(parents=True)
+    (project.run_dir / "thesis.tex").write_text("precious")
+    (project.root / "base.yaml").write_text((project.root / "recipe.yaml").read_text())
+    (project.root / "recipe.yaml").write_text("base: base.yaml\nno_such_key: 1\nshards: nowhere\n")
+    for more in ([], ["--dry-run"]):
+        result = project.mvit("submit", "recipe.yaml", "--cluster", "cluster.yaml", *more)
+        assert "is not empty and not a run folder" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_the_folder_told_without_torch_is_the_one_of_the_config(recipe: Path) -> None:
+    for overrides in ([], ["name=other", "output_dir=elsewhere"]):
+        assert recipe_run_dir(recipe, overrides) == mvit.load_config(recipe, overrides).run_dir.absolute()
+
+
+def test_of_a_recipe_that_cannot_be_read_no_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text("base: loop.yaml\nname: a\n")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "broken.yaml").write_text("name: [a\n")
+    (tmp_path / "nameless.yaml").write_text("output_dir: runs\n")
+    for name in ("loop", "list", "broken", "nameless", "absent"):
+        assert recipe_run_dir(tmp_path / f"{name}.yaml") is None
 
 
 def test_shards_that_do_not_exist_are_refused_before_the_job_is_queued(project: Project) -> None:
