@@ -29,3 +29,15 @@ def cluster(slurm_available: None) -> Iterator[Cluster]:
     """Return a running cluster of four nodes; a test leaves its nodes idle."""
     with Cluster() as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Take what a failed test leaves in the queue out of it, so that the tests after it have the nodes they expect."""
+    yield
+    if "cluster" not in request.fixturenames:
+        return
+    cluster: Cluster = request.getfixturevalue("cluster")
+    if cluster.run("squeue", "-h"):
+        cluster.run("scancel", "-u", "root")
+        cluster.wait_nodes("idle")

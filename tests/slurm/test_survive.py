@@ -225,7 +225,7 @@ def test_a_code_error_that_repeats_stops_the_run(cluster: Cluster, digits: Path,
     job.wait(lambda: job.ends() and not job.ends()[-1]["requeued"], "the end of the run")
     last = job.ends()[-1]
     assert (job.life(), last["kind"], last["rank"]) == (2, "error", 1), job.report()
-    assert "the same error at the same step" in last["reason"]
+    assert "the same error in step 3 as in life 1" in last["reason"]
     state = json.loads(job.mvit("status", job.run_dir, "--json"))
     assert state["state"] == "failed"
     assert records(job.run_dir)[-1]["step"] == 2
