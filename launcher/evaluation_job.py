@@ -6,14 +6,14 @@ It has a run folder of its own, RUN/evaluation, with attempts, logs and ledger l
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.identity import describe_run
 from launcher.run_folder import RunFolder, append_json_line, claim, write_json
-from mvit.life import Life
+from mvit.life import Life, Stopped
 
 if TYPE_CHECKING:
     from launcher.cluster import ClusterConfig
@@ -55,8 +55,11 @@ def evaluates(folder: RunFolder) -> bool:
     return _SUBJECT in folder.identity()
 
 
-def run_evaluation(folder: RunFolder, life: Life, rank: int) -> "TrainResult":
-    """Evaluate what the run has come to, its averaged weights if it has them, and write that down (collective)."""
+def run_evaluation(folder: RunFolder, life: Life, rank: int, stop_requested: Callable[[], bool]) -> "TrainResult":
+    """Evaluate what the run has come to, its averaged weights if it has them, and write that down (collective).
+
+    If `stop_requested` is true on any rank, all of them leave between two batches, with nothing written.
+    """
     import mvit
     from mvit import distributed
     from mvit.starting_weights import trained_weights
@@ -64,13 +67,18 @@ def run_evaluation(folder: RunFolder, life: Life, rank: int) -> "TrainResult":
     evaluation = Evaluation(RunFolder(Path(folder.identity()[_SUBJECT])))
     life.beat(0, "start")
     trained = trained_weights(evaluation.subject.path, distributed.start())
-    figures = mvit.evaluate(
-        mvit.load_config(folder.config_file),
-        trained.checkpoint,
-        ema=trained.averaged,
-        show_progress=rank == 0,
-        beat=lambda: life.beat(0, "evaluate"),
-    )
+    try:
+        figures = mvit.evaluate(
+            mvit.load_config(folder.config_file),
+            trained.checkpoint,
+            ema=trained.averaged,
+            show_progress=rank == 0,
+            beat=lambda: life.beat(0, "evaluate"),
+            stop_requested=stop_requested,
+        )
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return mvit.TrainResult(trained.step, trained.step, True)
     life.beat(0, "end")
     if rank == 0:
         life.check_owner()

@@ -197,7 +197,7 @@ def _train(run: RunFolder, attempt: int, stop: StopRequest, rank: int) -> "Train
     life = RunLife(run, attempt)
     life.beat(0, "start")
     if evaluates(run):
-        result = run_evaluation(run, life, rank)
+        result = run_evaluation(run, life, rank, stop)
     else:
         result = mvit.train(
             mvit.load_config(run.config_file),

@@ -14,7 +14,8 @@ from mvit import distributed
 from mvit.checkpoint import CheckpointError, newest_valid, newest_valid_on_all_ranks
 from mvit.checkpoint_load import whole_weights
 from mvit.config import ConfigError, RunConfig
-from mvit.distributed import RankInfo, logger, on_main, sum_over_ranks, together
+from mvit.distributed import RankInfo, StopAgreement, logger, on_main, sum_over_ranks, together
+from mvit.life import Stopped
 from mvit.progress import ProgressDisplay
 from mvit.tasks import create_task
 from mvit.tasks.base import Forward, Task
@@ -52,23 +53,30 @@ def run_evaluation(
     dtype: torch.dtype,
     progress: ProgressDisplay | None = None,
     beat: Callable[[], None] = lambda: None,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Evaluate and return the metric's figures (collective); `beat` is called before every batch and every reduction.
 
-    Raises RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
+    `stop_requested` is asked before every batch; if it is true on any rank, all of them raise Stopped. Raises
+    RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
     and within `data.max_bad_samples`; those are returned as `undecodable`.
     """
     metric = task.metric(ranks.device)
     seen = torch.zeros(num_samples, dtype=torch.int32)
+    agreement = StopAgreement()
     beat()
     for index, batch in enumerate(loader, start=1):
         beat()
+        if stop_requested is not None and agreement.ask(stop_requested()):
+            agreement.finish()
+            raise Stopped(f"the evaluation was asked to stop before batch {index} of {len(loader)}")
         ids = batch.sample_ids[batch.weights > 0]
         seen += torch.bincount(ids, minlength=num_samples).int()
         batch = batch.to(ranks.device)
         metric.update(task.predict(forward, batch, dtype=dtype), batch)
         if progress is not None:
             progress.update({"kind": "progress", "step": index, "total_steps": len(loader)})
+    agreement.finish()
     bad = torch.tensor([loader.num_bad])
     beat()  # waiting for a slower rank counts from here
     sum_over_ranks(seen)
@@ -92,13 +100,14 @@ def evaluate(
     ema: bool = False,
     show_progress: bool = True,
     beat: Callable[[], None] = lambda: None,
+    stop_requested: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Evaluate weights on the validation shards and return top-1, top-5, loss, majority share and sample count.
 
     `weights` is a weights file in any published naming, a run folder (its newest valid checkpoint), one checkpoint
     folder, or a state dict; `ema` takes a checkpoint's moving average. Runs in this process, or on every rank under
     a launcher, which is told by `beat` before every batch that this one lives. Raises ConfigError, CheckpointError or
-    ValueError for what does not fit.
+    ValueError for what does not fit, and Stopped on all ranks, between two batches, if `stop_requested` is true on any.
     """
     ranks = distributed.start()
     distributed.configure_logging(ranks.rank)
@@ -117,7 +126,10 @@ def evaluate(
     shown = ProgressDisplay() if show_progress and ranks.is_main else None
     with autocast, shown or nullcontext():
         loader = evaluation_loader(config, task, shards, ranks)
-        return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown, beat)
+        try:
+            return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown, beat, stop_requested)
+        finally:
+            loader.close()
 
 
 def resolve_weights(

@@ -12,6 +12,10 @@ class Superseded(RuntimeError):
     """A later life of the same run has taken over: this one must not write any more."""
 
 
+class Stopped(RuntimeError):
+    """What was asked to stop has left before its end, and has nothing to save."""
+
+
 class Life(Protocol):
     """One life of a run, from the launcher's start of its ranks to their end."""
 
