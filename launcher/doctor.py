@@ -12,9 +12,10 @@ from launcher.cluster import ClusterConfig, ClusterError, Placement
 from launcher.disk_speed import existing_parent, write_speed
 from launcher.doctor_report import Finding, Report
 from launcher.doctor_settings import StopTime, granularity_finding, lead_finding, slurm_findings
-from launcher.run_folder import RunFolder
+from launcher.run_folder import RunFolder, RunFolderError
 from launcher.slurm import read_slurm
 from launcher.submission_checks import examine_request
+from launcher.submit import refuse_taken
 
 if TYPE_CHECKING:
     from mvit.config import RunConfig
@@ -43,6 +44,7 @@ def examine(
     if config is not None and disk is not None and needed is not None:
         findings.append(_space(config, disk, needed))
     if config is not None:
+        findings.append(_run_folder(config, run))
         findings.append(_batch(config, placement))
     if cluster.executor == "slurm":
         findings += _slurm(cluster, placement, stop)
@@ -123,6 +125,20 @@ def _space(config: "RunConfig", disk: Disk, needed: int) -> Finding:
     if config.train.keep_every:
         why += f" Those of keep_every={config.train.keep_every} come on top and are never removed."
     return Finding("space", "PASS", found, why)
+
+
+def _run_folder(config: "RunConfig", measured: RunFolder | None) -> Finding:
+    """Say whether a submission would find its folder free."""
+    folder = RunFolder(config.run_dir.absolute())
+    if measured is not None and measured.path == folder.path:
+        return Finding("run folder", "PASS", f"{folder.path} is that of --run", f"Go on: mvit resume {folder.path}")
+    try:
+        refuse_taken(folder)
+    except RunFolderError as error:
+        return Finding("run folder", "FAIL", f"{folder.path} is taken", f"`mvit submit` will refuse it: {error}")
+    if folder.run_file.exists():
+        return Finding("run folder", "PASS", f"{folder.path} holds a run that never saved", "It will be replaced.")
+    return Finding("run folder", "PASS", f"{folder.path} is free")
 
 
 def _batch(config: "RunConfig", placement: Placement) -> Finding:

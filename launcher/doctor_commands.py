@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 _BLOCKING = ("Slurm", "request", "output_dir")  # with one of these failed, no job can run
 _OUTPUT_DIR = "runs"  # a recipe's default, too
@@ -16,6 +17,7 @@ def doctor(args: Namespace) -> int:
     from launcher.cluster import load_cluster, place
     from launcher.commands import split_overrides
     from launcher.doctor import examine
+    from launcher.doctor_report import Level
     from launcher.run_folder import RunFolder
 
     if args.recipe is not None and "=" in args.recipe:  # no recipe, settings only
@@ -34,8 +36,9 @@ def doctor(args: Namespace) -> int:
     run = None if args.run is None else RunFolder(Path(args.run).absolute())
     report = examine(cluster, placement, config, output_dir, run)
     if not args.json:
-        print(f"--- what a submission would run\n{report.script}\n--- findings")
-        print(*report.findings, sep="\n", flush=True)
+        if args.script:
+            print(f"--- what a submission would run\n{report.script}\n--- findings")
+        print(*sorted(report.findings, key=lambda one: get_args(Level).index(one.level)), sep="\n", flush=True)
     blocked = any(one.level == "FAIL" and one.check in _BLOCKING for one in report.findings)
     if args.submit and not blocked:
         from launcher.doctor_nodes import check_nodes
@@ -57,5 +60,6 @@ def doctor(args: Namespace) -> int:
         print(json.dumps(report.to_dict()))
     else:
         counts = Counter(finding.level for finding in report.findings)
-        print(f"{'OK' if report.ok else 'FAIL'}: " + ", ".join(f"{n} {level}" for level, n in counts.items()))
+        told = ", ".join(f"{counts[level]} {level}" for level in get_args(Level) if counts[level])
+        print(f"{'OK' if report.ok else 'FAIL'}: {told}")
     return 0 if report.ok else 1

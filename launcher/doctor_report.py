@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Level = Literal["PASS", "WARN", "FAIL"]
+"""From good to bad: what is bad is printed last, beside the verdict."""
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ def add_doctor(group: "argparse._SubParsersAction") -> None:
     doctor.add_argument("recipe", metavar="RECIPE", nargs="?", help="the run to check it for, if there is one already")
     add_overrides(doctor)
     add_cluster(doctor, required=True)
+    doctor.add_argument("--script", action="store_true", help="also print the script that a submission would run")
     doctor.add_argument("--submit", action="store_true", help="also run a job of two minutes that measures every node")
     text = "seconds the job of --submit may wait in the queue (600)"
     doctor.add_argument("--timeout", type=float, default=600.0, metavar="S", help=text)

@@ -21,6 +21,7 @@ from launcher.doctor_verdict import RankEnd, judge
 from launcher.slurm import SlurmFacts, parse_nodes, parse_partitions, parse_settings
 from tests.launcher import recorded
 from tests.launcher.project import ROOT, wait_until
+from tests.launcher.written import create, event
 
 SLURM = {"executor": "slurm", "nodes": 2, "gpus_per_node": 2, "timeout_min": 60}
 STOP = StopTime(10.0, 1.0, "measured")
@@ -287,9 +288,48 @@ def test_without_slurm_the_doctor_of_a_slurm_cluster_says_so_and_fails(
     monkeypatch.setenv("PATH", str(here))
     assert main(["doctor", "--cluster", "slurm.yaml", "--submit"]) == 1
     told = capsys.readouterr()
-    assert "#SBATCH --nodes=2" in told.out
     assert "FAIL  Slurm: no answer" in told.out
     assert "nothing was submitted" in told.err
+
+
+def test_what_is_bad_stands_at_the_end_beside_the_verdict_and_the_script_is_shown_on_request(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "slurm.yaml").write_text(yaml.safe_dump(SLURM))
+    monkeypatch.setenv("PATH", str(here))
+    assert main(["doctor", "--cluster", "slurm.yaml"]) == 1
+    short = capsys.readouterr().out
+    levels = [line.split()[0] for line in short.splitlines() if not line.startswith(" ")]
+    assert levels == ["PASS", "PASS", "WARN", "FAIL", "FAIL:"]
+    assert short.endswith("FAIL: 2 PASS, 1 WARN, 1 FAIL\n")
+    assert "#SBATCH" not in short
+    assert main(["doctor", "--cluster", "slurm.yaml", "--script"]) == 1
+    whole = capsys.readouterr().out
+    assert whole.index("#SBATCH --nodes=2") < whole.index("PASS  output_dir") < whole.index("FAIL: 2 PASS")
+
+
+def test_a_run_folder_that_a_submission_would_refuse_is_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def look(*more: str) -> tuple[int, dict]:
+        code = main(["doctor", "recipe.yaml", "--cluster", "local.yaml", "--json", *more])
+        findings = json.loads(capsys.readouterr().out)["findings"]
+        return code, next(one for one in findings if one["check"] == "run folder")
+
+    folder = here / "runs" / "digits"
+    assert look() == (
+        0,
+        {"check": "run folder", "level": "PASS", "found": f"{folder} is free", "why": "", "way_out": ""},
+    )
+    run = create(folder)
+    (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
+    code, found = look()
+    assert (code, found["level"]) == (1, "FAIL")
+    assert f"mvit resume {folder}" in found["why"]
+    code, found = look("--run", str(folder))  # it is to be continued
+    assert (code, found["level"]) == (0, "PASS")
+    (folder / "checkpoints" / "step_00000002").rmdir()
+    event(run, "end", 1, 0, cause="failed", detail="broke", requeued=False)
+    code, found = look()
+    assert (code, found["found"]) == (0, f"{folder} holds a run that never saved")
 
 
 def test_a_local_job_measures_both_ranks_and_finds_the_one_that_computes_wrongly(
