@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.evaluation_job import Evaluation
 from launcher.judgement import AT_REST, Judgement, State, judge, last_end, poll_interval_s
-from launcher.run_folder import RunFolder, parse_json_line
+from launcher.run_folder import RunFolder, parse_json_line, read_record
 from launcher.slurm_queue import SlurmQueue
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class RunState:
     loss: float | None
     eta_s: float | None  # seconds from now to the end, of a run that trains
     metrics: dict[str, Any]  # the last `train` record
-    evaluation: dict[str, Any]  # the last `evaluate` record
+    evaluation: dict[str, Any]  # the last `evaluate` record of the training
     evaluation_ema: dict[str, Any]  # the last of the averaged weights
+    evaluation_job: dict[str, Any]  # what the last job of its chain found: step, checkpoint, weights, figures, time
     excluded: list[dict[str, Any]]  # nodes that later lives avoid: host, until (seconds since the epoch), why
     last_end: dict[str, Any]  # of the last life that ended: attempt, time, kind, cause, detail, reason, rank, host
     ledger: dict[str, Any]  # where the time went: `Account` of mvit/ledger.py
@@ -74,9 +76,18 @@ class RunState:
         if self.checkpoint_step:
             saved = f"last checkpoint at step {self.checkpoint_step}"
         lines.append(f"step {self.step}{total}, {saved}" + (f", {eta_text(self.eta_s)}" if self.eta_s else ""))
-        evaluated = f"evaluation at step {self.evaluation.get('step')}"
-        averaged = f"evaluation of the average at step {self.evaluation_ema.get('step')}"
-        records = {"last metrics": self.metrics, evaluated: self.evaluation, averaged: self.evaluation_ema}
+        evaluated = f"evaluation in training at step {self.evaluation.get('step')}"
+        averaged = f"evaluation in training at step {self.evaluation_ema.get('step')}, averaged weights"
+        own_job = (
+            f"evaluation by a job of its own at step {self.evaluation_job.get('step')}, "
+            f"{self.evaluation_job.get('weights')} weights"
+        )
+        records = {
+            "last metrics": self.metrics,
+            evaluated: self.evaluation,
+            averaged: self.evaluation_ema,
+            own_job: self.evaluation_job.get("figures", {}),
+        }
         for title, record in records.items():
             shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in _NOT_SHOWN)
             if shown:
@@ -127,6 +138,7 @@ def run_state(run_dir: str | Path, queue: SlurmQueue | None = None) -> RunState:
         metrics=train,
         evaluation=evaluation,
         evaluation_ema=records.get("evaluate_ema", {}),
+        evaluation_job=read_record(Evaluation(run).result_file) or {},
         excluded=excluded_nodes(events, now),
         last_end=last_end(events) or {},
         ledger=json.loads(json.dumps(where.to_dict())) if where.lives else {},  # lists, as a reader of --json has them

@@ -9,6 +9,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.judgement import judge
+from launcher.run_folder import write_json
 from launcher.slurm_queue import SlurmQueue, reason_in_words
 from launcher.status import newest_records, run_state
 from tests.launcher import written
@@ -53,8 +54,8 @@ def test_status_shows_progress_evaluations_and_where_the_time_went(
         "step 60 of 400 (15%), no checkpoint yet, ETA 1:",  # 110 s from a record that is 10 s old
         "loss 1.25",
         "samples_per_s 99.5",
-        "evaluation at step 50: top1 0.75",
-        "evaluation of the average at step 50: top1 0.8",
+        "evaluation in training at step 50: top1 0.75",
+        "evaluation in training at step 50, averaged weights: top1 0.8",
         "goodput (ETTR)",
         "1 killed",
         "attempt 1 ended: killed: rank 1 on node1 (pid 101) died: killed by SIGKILL",
@@ -70,6 +71,21 @@ def test_status_shows_progress_evaluations_and_where_the_time_went(
     assert 0 < state.ledger["ettr"] < 1
     assert state.ledger["lost_gpu_hours"] > 0
     assert [node["host"] for node in state.excluded] == ["node3"]
+
+
+def test_the_result_of_the_chain_s_evaluation_is_told_from_those_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _trained(tmp_path / "trial")
+    assert run_state(tmp_path / "trial").evaluation_job == {}
+    result = {"step": 400, "weights": "averaged", "figures": {"top1": 0.9, "samples": 360}, "time": time.time()}
+    write_json(tmp_path / "trial" / "evaluation.json", result | {"checkpoint": "runs/trial/checkpoints/step_00000400"})
+    assert main(["status", str(tmp_path / "trial")]) == 0
+    text = capsys.readouterr().out
+    assert "evaluation in training at step 50, averaged weights: top1 0.8\n" in text
+    assert "evaluation by a job of its own at step 400, averaged weights: top1 0.9  samples 360\n" in text
+    assert main(["status", str(tmp_path / "trial"), "--json"]) == 0
+    assert printed(capsys.readouterr().out)["evaluation_job"]["figures"]["top1"] == 0.9
 
 
 @pytest.mark.parametrize(
