@@ -64,11 +64,11 @@ def resume(args: Namespace) -> int:
     """Continue a run where it was started: in this process, or on its cluster or another one."""
     from launcher.cluster import load_cluster
     from launcher.job import train_inline
-    from launcher.run_folder import RunFolder
+    from launcher.overview import the_run
     from launcher.submit import enter_run, resumed_config, saved_cluster, submit_resume
 
-    run = RunFolder(Path(args.run_dir).absolute())
     of_recipe, of_cluster = split_overrides(args)
+    run = the_run(Path(args.run_dir).absolute())
     cluster = load_cluster(args.cluster, of_cluster) if args.cluster else saved_cluster(run, of_cluster)
     config = resumed_config(run, of_recipe)
     if cluster is None:

@@ -12,6 +12,7 @@ from launcher.slurm_queue import SlurmQueue
 from launcher.status import RunState, run_state
 
 WATCH_S = 2.0
+_NAMED = 5  # runs that an error names
 _DEPTH = 3  # folders below `runs` that are looked through: output_dir may be runs/sweep/seed
 _ORDER = ("running", "pending", "failed", "stopped", "finished")
 _HEADER = ("run", "state", "attempt", "step", "%", "samples/s", "loss", "ETA", "goodput", "job")
@@ -67,6 +68,27 @@ def find_runs(folder: Path) -> list[Path]:
         what = "holds no run folder" if folder.is_dir() else "does not exist"
         raise RunFolderError(f"{folder} {what}: name the runs (mvit status RUN …), or their folder with --runs DIR.")
     return sorted(found)
+
+
+def the_run(path: Path) -> RunFolder:
+    """Return a run's folder.
+
+    Raises RunFolderError if it is none, naming the runs in it: the folder of runs is easily taken for one.
+    """
+    run = RunFolder(path)
+    try:
+        run.identity()
+    except RunFolderError as error:
+        if run.run_file.exists():  # damaged
+            raise
+        try:
+            inside = find_runs(path)
+        except RunFolderError:
+            raise error from None
+        more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+        names = ", ".join(str(one.relative_to(path)) for one in inside[:_NAMED])
+        raise RunFolderError(f"{error} Runs in it: {names}{more}.") from None
+    return run
 
 
 def look(run_dirs: Sequence[Path], queue: SlurmQueue) -> Overview:

@@ -170,6 +170,24 @@ def test_a_run_folder_that_is_none_is_named_and_the_others_are_shown(
     assert f"{tmp_path}/trial/run.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["why"], ["logs"], ["logs", "--follow"], ["status"], ["status", "--follow"], ["stop"], ["cancel"], ["resume"]],
+    ids=" ".join,
+)
+def test_the_folder_of_runs_given_for_a_run_is_answered_with_the_runs_in_it(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c", "sweep/d", "sweep/e", "sweep/f", "sweep/g"):
+        create(tmp_path / "runs" / name)
+    assert main([*command, str(tmp_path / "runs")]) == 1
+    told = capsys.readouterr().err
+    assert "is not a run folder" in told
+    assert told.endswith(" Runs in it: a, b, c, sweep/d, sweep/e and 2 more.\n")
+    assert main([*command, str(tmp_path / "nowhere")]) == 1
+    assert "Runs in it" not in capsys.readouterr().err
+
+
 def test_watch_refreshes_until_nothing_can_change_and_spares_slurm(tmp_path: Path, slurm: FakeSlurm) -> None:
     run = create(tmp_path / "trial")
     in_slurm(run)
