@@ -127,6 +127,8 @@ def _add_ended(parser: argparse.ArgumentParser, wait: str) -> None:
     parser.add_argument("run_dirs", metavar="RUN", nargs="+", help="run folders")
     parser.add_argument("--wait", action="store_true", help=wait)
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds --wait waits for each (600)")
+    text = "print a list for scripts: of each run run_dir, state, done (what was done) or error; with --wait also ended"
+    parser.add_argument("--json", action="store_true", help=text)
 
 
 def add_doctor(group: "argparse._SubParsersAction") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 def status(args: Namespace) -> int:
     """Show one run, a failed one's first failure too; or several as a table."""
     from launcher.follow import follow
-    from launcher.overview import Overview, find_runs, look, watch
+    from launcher.overview import Overview, find_runs, look, the_run, watch
     from launcher.run_folder import RunFolder
     from launcher.slurm_queue import SlurmQueue
     from launcher.status import RunState
@@ -22,6 +22,7 @@ def status(args: Namespace) -> int:
     if args.follow:
         if len(given) != 1:
             raise ValueError("--follow stays with one run: name it. Several at once: mvit status --watch")
+        the_run(given[0])
         return follow(given[0], as_json=args.json)
 
     def find() -> list[Path]:
@@ -40,7 +41,7 @@ def status(args: Namespace) -> int:
         return json.dumps(seen.to_list()) if args.json else str(seen)
 
     if len(given) == 1:
-        RunFolder(given[0]).identity()  # says so if this is no run
+        the_run(given[0])  # says so if this is none
     if args.watch:
         seen = watch(find, text)
     else:
@@ -52,9 +53,9 @@ def status(args: Namespace) -> int:
 def logs(args: Namespace) -> int:
     """Print what ranks wrote."""
     from launcher.logs import Wanted, choose_attempt, follow_logs, show_logs
-    from launcher.run_folder import RunFolder
+    from launcher.overview import the_run
 
-    run = RunFolder(Path(args.run_dir).absolute())
+    run = the_run(Path(args.run_dir).absolute())
     kind = "stacks" if args.stacks else "submitit" if args.submitit else "log"
     if args.follow and args.stacks:
         raise ValueError("--follow shows logs as they grow; stacks are dumped once: leave one of the two out")
@@ -76,9 +77,10 @@ def logs(args: Namespace) -> int:
 
 def why(args: Namespace) -> int:
     """Explain what ended a run's last life, and what followed."""
+    from launcher.overview import the_run
     from launcher.why import explain
 
-    found = explain(Path(args.run_dir).absolute(), args.attempt)
+    found = explain(the_run(Path(args.run_dir).absolute()).path, args.attempt)
     print(json.dumps(found.to_dict()) if args.json else found)
     return 0
 
@@ -87,10 +89,9 @@ def stop(args: Namespace) -> int:
     """Ask runs to save and end."""
     from launcher.stop import request_stop, wait_for_stop
 
-    def finish(run_dir: Path) -> bool:
+    def finish(run_dir: Path) -> tuple[bool, str]:
         state = wait_for_stop(run_dir, args.timeout)
-        print(state)
-        return state.state in ("stopped", "finished")
+        return state.state in ("stopped", "finished"), str(state)
 
     return _each(args, request_stop, finish)
 
@@ -100,29 +101,49 @@ def cancel(args: Namespace) -> int:
     from launcher.stop import cancel as cancel_run
     from launcher.stop import wait_until_gone
 
-    def finish(run_dir: Path) -> bool:
+    def finish(run_dir: Path) -> tuple[bool, str]:
         gone = wait_until_gone(run_dir, args.timeout)
-        print(f"{run_dir}: no process of it is left" if gone else f"{run_dir}: still ending")
-        return gone
+        return gone, f"{run_dir}: no process of it is left" if gone else f"{run_dir}: still ending"
 
     return _each(args, cancel_run, finish)
 
 
-def _each(args: Namespace, end: Callable[[Path], str], finish: Callable[[Path], bool]) -> int:
+def _each(args: Namespace, end: Callable[[Path], str], finish: Callable[[Path], tuple[bool, str]]) -> int:
     """End each run, then wait for each if asked; one that cannot be ended does not keep the others from it."""
+    from launcher.overview import the_run
+
     run_dirs = [Path(run_dir).absolute() for run_dir in args.run_dirs]
+    told: dict[Path, dict[str, object]] = {}
     ending, ok = [], True
     for run_dir in run_dirs:
         try:
-            done = end(run_dir)
+            done = end(the_run(run_dir).path)
         except (ValueError, OSError) as error:
-            if len(run_dirs) == 1:
+            if len(run_dirs) == 1 and not args.json:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
+            told[run_dir] = {"error": str(error)}
             ok = False
             continue
         ending.append(run_dir)
-        print(done if len(run_dirs) == 1 else f"{run_dir}: {done}", flush=True)
-    if args.wait:
-        ok = all([finish(run_dir) for run_dir in ending]) and ok  # a list: wait for all of them
+        told[run_dir] = {"done": done}
+        if not args.json:
+            print(done if len(run_dirs) == 1 else f"{run_dir}: {done}", flush=True)
+    for run_dir in ending if args.wait else ():
+        fine, text = finish(run_dir)
+        told[run_dir]["ended"] = fine
+        ok = ok and fine
+        if not args.json:
+            print(text, flush=True)
+    if args.json:
+        print(json.dumps([{"run_dir": str(path), "state": _state(path)} | facts for path, facts in told.items()]))
     return 0 if ok else 1
+
+
+def _state(run_dir: Path) -> str | None:
+    """Return what a run is doing after that, None for a folder that is none."""
+    from launcher.judgement import judge
+    from launcher.run_folder import RunFolder
+
+    run = RunFolder(run_dir)
+    return judge(run).state if run.run_file.exists() else None

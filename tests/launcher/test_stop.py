@@ -1,5 +1,6 @@
 """`mvit stop` and `mvit cancel`: in the queue, while a requeue is in flight, of several runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,38 @@ def test_of_several_runs_each_is_ended_although_one_is_at_rest(
     assert slurm.calls("scancel") == ["scancel 7", "scancel 7"]
     assert [judge(RunFolder(Path(path))).state for path in paths] == ["stopped", "finished", "stopped"]
     assert RunFolder(Path(paths[0])).events()[-1]["kind"] == "cancelled"
+
+
+@pytest.mark.parametrize(("command", "state"), [("stop", "running"), ("cancel", "stopped")])
+def test_scripts_are_told_of_each_run_what_was_done_and_its_state(
+    tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], command: str, state: str
+) -> None:
+    paths = [str(tmp_path / name) for name in ("a", "b", "nowhere")]
+    for path in paths[:2]:
+        in_slurm(create(Path(path)))
+    event(RunFolder(tmp_path / "b"), "end", 1, 0, cause="finished", detail="", requeued=False)
+    slurm.jobs(RUNNING)
+    assert main([command, *paths, "--json"]) == 1
+    shown = capsys.readouterr()
+    first, second, third = json.loads(shown.out)
+    done = "sent USR2 to Slurm job 7; it saves and ends" if command == "stop" else "cancelled slurm job 7"
+    assert first == {"run_dir": paths[0], "state": state, "done": done}
+    assert (second["state"], third["state"]) == ("finished", None)
+    assert "is not running: it is finished" in second["error"]
+    assert "is not a run folder" in third["error"]
+    assert shown.err.count("error: ") == 2
+    assert main([command, paths[2], "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+def test_scripts_that_wait_are_told_whether_the_run_has_ended(
+    run: RunFolder, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.jobs(PENDING)
+    assert main(["stop", str(run.path), "--wait", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["ended"]) == ("stopped", True)
+    assert "taken out of the queue" in told["done"]
 
 
 def test_cancel_waits_until_the_job_has_left_slurm(run: RunFolder, slurm: FakeSlurm) -> None:
