@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.judgement import judge, judge_now_and_when_again
+from launcher.judgement import judge_now_and_when_again
 from launcher.run_folder import RunFolder, RunFolderError
+from launcher.status import run_state
 
 Kind = Literal["log", "stacks", "submitit"]
 _SUFFIX = {"log": ".log", "stacks": ".stacks.txt"}
@@ -81,6 +82,15 @@ def show_logs(run: RunFolder, wanted: Wanted, attempt: int, num_lines: int | Non
             yield _prefix(file, files, wanted) + line
 
 
+def why_empty(run: RunFolder, wanted: Wanted, attempt: int) -> str | None:
+    """Say what a run does instead of writing, None if there is something to show."""
+    files = log_files(run, attempt, wanted)
+    if any(file.path.stat().st_size for file in files):
+        return None
+    what = str(files[0].path) if len(files) == 1 else f"each of the {len(files)} files of attempt {attempt}"
+    return f"{what} is empty so far: the run is {_what_it_does(run)}"
+
+
 def follow_logs(
     run: RunFolder,
     wanted: Wanted,
@@ -110,6 +120,7 @@ def follow_logs(
             tail = tails.setdefault(file.path, _Tail(file.path, keep))
             for line in tail.read(to_the_end=over or bool(following)):
                 yield _prefix(file, files, wanted) + line
+                told = (now.state, now.attempt)  # it speaks for itself
         if following:
             life, keep = following[0], sys.maxsize
             tell(f"--- attempt {life}")
@@ -117,9 +128,9 @@ def follow_logs(
         if over:
             tell(f"--- the run is {now.state}" + (f" ({now.detail})" if now.detail else ""))
             return
-        if now.state == "pending" and told != now.attempt:
-            told = now.attempt
-            tell(f"--- pending: {now.detail or 'nothing has started yet'}")
+        if told != (now.state, now.attempt):
+            told = (now.state, now.attempt)
+            tell(f"--- {_what_it_does(run)}")
         time.sleep(_POLL_S)
 
 
@@ -175,7 +186,7 @@ def _begin_of_last(path: Path, num_lines: int) -> int:
             tail = file.read(size - begin)
     ends = tail.endswith(b"\n")
     lines = tail.removesuffix(b"\n").split(b"\n") if tail else []
-    if num_lines == 0:
+    if num_lines == 0 or size == 0:
         return size
     return max(0, size - sum(len(line) + 1 for line in lines[-num_lines:]) + (not ends))
 
@@ -208,6 +219,11 @@ def _what_there_is(run: RunFolder, wanted: Wanted, attempt: int | None, found: S
             f"{run.path} has no stacks: they are dumped when a rank hangs, and none was found hanging. "
             f"What ended it: mvit why {run.path}"
         )
-    now = judge(run)
-    detail = f": {now.detail}" if now.detail else ""
-    return f"{run.path} has no {name} yet: it is {now.state}{detail}. See also: mvit why {run.path}"
+    return f"{run.path} has no {name} yet: it is {_what_it_does(run)}. See also: mvit why {run.path}"
+
+
+def _what_it_does(run: RunFolder) -> str:
+    state = run_state(run.path)
+    return ": ".join([state.state, *([state.detail] if state.detail else [])]) + (
+        f"; {state.activity}" if state.activity else ""
+    )

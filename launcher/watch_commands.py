@@ -52,7 +52,7 @@ def status(args: Namespace) -> int:
 
 def logs(args: Namespace) -> int:
     """Print what ranks wrote."""
-    from launcher.logs import Wanted, choose_attempt, follow_logs, show_logs
+    from launcher.logs import Wanted, choose_attempt, follow_logs, show_logs, why_empty
     from launcher.overview import the_run
 
     run = the_run(Path(args.run_dir).absolute())
@@ -65,7 +65,10 @@ def logs(args: Namespace) -> int:
         if args.follow:
             lines = follow_logs(run, wanted, args.attempt, args.lines)
         else:
-            lines = show_logs(run, wanted, choose_attempt(run, wanted, args.attempt), args.lines)
+            attempt = choose_attempt(run, wanted, args.attempt)
+            lines = show_logs(run, wanted, attempt, args.lines)
+            if (note := why_empty(run, wanted, attempt)) is not None:
+                print(note, file=sys.stderr)
         for line in lines:
             sys.stdout.write(line + "\n")
             if args.follow:

@@ -75,8 +75,27 @@ def test_a_run_that_waits_in_the_queue_has_no_logs_yet(
     assert main(["logs", str(run.path)]) == 1
     message = capsys.readouterr().err
     assert f"{run.path} has no log yet: it is pending: Slurm says PENDING (Resources)" in message
+    assert "; queued for 60 s. See also" in message
     assert f"mvit why {run.path}" in message
     assert main(["logs", str(tmp_path / "nowhere")]) == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--all"]])
+def test_a_run_whose_ranks_have_not_written_yet_says_what_it_does_instead(
+    tmp_path: Path, options: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -42)
+    for number in (0, 1):
+        log(run, 1, number, "")  # the guard opens them before its rank starts
+    assert main(["logs", str(run.path), *options]) == 0
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "empty so far: the run is running; starting for 4" in shown.err
+    assert " s: building model and data" in shown.err
+    log(run, 1, 0, "a word\n")
+    assert main(["logs", str(run.path), "--lines", "0"]) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_stacks_of_all_ranks_stand_under_their_files(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +148,22 @@ def test_following_goes_on_with_the_next_life_and_ends_with_the_run(tmp_path: Pa
     assert rest == "[0] unfinished business\n[0] last words\n[0] second life\n"
     assert "--- attempt 2" in notes
     assert notes.endswith("--- the run is finished\n")
+
+
+def test_following_a_run_that_starts_says_so_once_and_then_shows_its_words(tmp_path: Path) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    log(run, 1, 0, "")
+    command = [sys.executable, "-m", "launcher.cli", "logs", str(run.path), "--follow"]
+    following = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert following.stderr is not None
+    assert following.stderr.readline().startswith("--- running; starting for 6")
+    time.sleep(1.0)
+    log(run, 1, 0, "a word\n")
+    time.sleep(0.7)
+    event(run, "end", 1, 0, cause="finished", detail="", requeued=False)
+    shown, notes = following.communicate(timeout=20)
+    assert (shown, notes) == ("a word\n", "--- the run is finished\n")
 
 
 def test_following_a_job_shows_what_its_rank_prints(project: Project) -> None:
