@@ -69,9 +69,9 @@ def failure_text(run: RunFolder, attempt: int) -> str:
 def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks: dict[int, str]) -> Failure:
     rank = record["rank"]
     parts = [tracebacks.get(rank) or _tail(run.attempt_dir(attempt) / f"rank_{rank:04d}.log")]
-    if drills := fired_faults(run, [record]):
-        parts += map(str, drills)
-    elif record["signal"] == "SIGKILL":
+    drills = fired_faults(run, [record])
+    parts += map(str, drills)
+    if record["signal"] == "SIGKILL" and not any(drill.is_kill for drill in drills):
         parts.append("nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9")
     elif record["signal"] is None and not any(parts):
         parts.append(_submitit_tail(run, attempt))  # it did not come as far as its own log

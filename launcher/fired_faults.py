@@ -17,6 +17,11 @@ class FiredFault:
     where: str  # "at step 12"
     time: float  # seconds since the epoch
 
+    @property
+    def is_kill(self) -> bool:
+        """Whether it is why the rank was killed by SIGKILL."""
+        return self.fault.partition("@")[0] in ("kill", "kill-in-save")
+
     def __str__(self) -> str:
         return f"fire drill: {self.fault} of {VARIABLE}, {self.where}"
 

@@ -139,6 +139,7 @@ def explain(run_dir: str | Path, attempt: int | None = None, queue: SlurmQueue |
     failed = end.get("cause") == "failed" and end.get("kind") not in _NO_RANK_S_FAULT
     failure = _first_failure(run, attempt) if failed and attempt is not None else {}
     drills = fired_faults(run, records)
+    drilled = any(drill.is_kill and drill.rank == failure.get("rank") for drill in drills)
     stacks = [] if attempt is None else sorted(run.attempt_dir(attempt).glob("rank_*.stacks.txt"))
     return Explanation(
         run_dir=str(run.path),
@@ -153,7 +154,7 @@ def explain(run_dir: str | Path, attempt: int | None = None, queue: SlurmQueue |
         signals=_signals(records),
         stacks=_stacks_of_first(run, attempt, end) if hung and attempt is not None else {},
         num_stacks=len(stacks),
-        out_of_memory="" if drills else _out_of_memory(records, failure, judgement),
+        out_of_memory="" if drilled else _out_of_memory(records, failure, judgement),
         excluded=excluded_nodes(events, now),
         history=_history(events, judgement, now),
     )

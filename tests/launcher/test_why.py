@@ -158,16 +158,24 @@ def test_of_a_finished_run_nobody_is_told_where_its_ranks_were(
 
 
 @pytest.mark.parametrize(
-    ("mark", "is_drill"),
+    ("fault", "pid", "ago", "happened", "killed"),
     [
-        ({"pid": 101, "time": time.time() - 30}, True),
-        ({"pid": 101, "time": time.time() - 3000}, False),  # of an earlier life, with the same pid
-        ({"pid": 77, "time": time.time() - 30}, False),
+        ("kill@5:1", 101, 30, True, True),
+        ("kill-in-save@5:1", 101, 30, True, True),
+        ("slow@5:1", 101, 30, True, False),  # what killed it came later
+        ("kill@5:1", 101, 3000, False, False),  # of an earlier life, with the same pid
+        ("kill@5:1", 77, 30, False, False),
     ],
-    ids=["this life", "earlier life", "another process"],
 )
 def test_a_kill_that_a_fire_drill_did_is_no_guess_about_memory(
-    tmp_path: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], mark: dict, is_drill: bool
+    tmp_path: Path,
+    slurm: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    pid: int,
+    ago: float,
+    happened: bool,
+    killed: bool,
 ) -> None:
     written.tool(slurm.folder / "dmesg", "echo nothing")
     run = create(tmp_path / "trial")
@@ -176,14 +184,15 @@ def test_a_kill_that_a_fire_drill_did_is_no_guess_about_memory(
     rank(run, 1, 1, signal="SIGKILL", node=node, started=time.time() - 50)
     detail = f"rank 1 on {node} (pid 101) died: killed by SIGKILL"
     event(run, "end", 1, 0, cause="failed", kind="killed", detail=detail, rank=1, requeued=False)
-    write_json(run.path / "faults" / "kill@5:1.1", mark | {"where": "at step 5"})
+    mark = {"pid": pid, "time": time.time() - ago, "where": "at step 5"}
+    write_json(run.path / "faults" / f"{fault}.1", mark)
     told = _why(run, capsys)
     assert main(["status", str(run.path)]) == 0
     for text in (told, capsys.readouterr().out):
-        assert text.count("fire drill: kill@5:1 of MVIT_FAULTS, at step 5") == is_drill
-        assert ("out-of-memory killer" in text) is not is_drill
-    assert ("somebody's kill -9" in told) is not is_drill
-    assert [drill["fault"] for drill in explain(run.path).drills] == ["kill@5:1"] * is_drill
+        assert text.count(f"fire drill: {fault} of MVIT_FAULTS, at step 5") == happened
+        assert ("out-of-memory killer" in text) is not killed
+    assert ("somebody's kill -9" in told) is not killed
+    assert [drill["fault"] for drill in explain(run.path).drills] == [fault] * happened
 
 
 def test_a_fault_on_every_rank_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
