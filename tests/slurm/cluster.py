@@ -141,6 +141,15 @@ class Cluster:
         self._start_controller()
         self.wait_nodes(UP)
 
+    def kill_controller(self) -> None:
+        """End the controller as a crash of its machine does; the jobs run on."""
+        self._daemons.kill("slurmctld")
+
+    def start_controller(self) -> None:
+        """Start the controller again, with its memory of jobs."""
+        self._start_controller(remember=True)
+        self.wait_nodes(UP)
+
     def kill_slurmd(self, node: str) -> None:
         """Kill the slurmd daemon of a node; its steps live on. To mend it, cut the power and switch it on."""
         for pid in nodes.slurmd_pids(self._daemons, node):
@@ -218,8 +227,9 @@ class Cluster:
             self._boot(name)
         self.wait_nodes("idle")
 
-    def _start_controller(self) -> None:
-        self._daemons.start("slurmctld", [program("slurmctld"), "-D", "-c", "-f", f"{self.root}/slurm.conf"])
+    def _start_controller(self, remember: bool = False) -> None:
+        command = [program("slurmctld"), "-D", *([] if remember else ["-c"]), "-f", f"{self.root}/slurm.conf"]
+        self._daemons.start("slurmctld", command)
 
     def _boot(self, name: str) -> None:
         spool = self.root / "spool" / name

@@ -247,6 +247,21 @@ def test_a_job_cancelled_while_it_trains_stays_cancelled(slurm_available: None, 
         assert job.cluster.job(job.job_id)["JobState"] == "CANCELLED"
 
 
+def test_a_controller_that_is_away_when_a_life_ends_costs_no_run(slurm_available: None, tmp_path: Path) -> None:
+    with job_on(QUICK, tmp_path) as job:
+        job.submit(*LONG)
+        job.wait_for_life(1)
+        second = job.rank_processes()[1]
+        job.cluster.kill_controller()
+        os.kill(second, signal.SIGKILL)
+        time.sleep(6)
+        job.cluster.start_controller()
+        job.wait_for_life(2, "killed rank")
+        assert (job.last("end")["kind"], job.last("end")["requeued"]) == ("killed", True)
+        job.mvit("cancel", job.run_dir)
+        job.wait("cancelled", lambda: not job.processes())
+
+
 def test_without_the_right_to_requeue_the_run_ends_and_says_how_to_go_on(slurm_available: None, tmp_path: Path) -> None:
     with job_on(replace(QUICK, job_requeue=False), tmp_path) as job:
         job.submit(*LONG)
