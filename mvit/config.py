@@ -12,6 +12,7 @@ from data_pipeline.image import ImageConfig
 from data_pipeline.loader import DataConfig
 from data_pipeline.settings import Settings
 from mvit.model.attention import AttentionForm
+from mvit.model.inflation import Inflation
 from mvit.optim import OptimConfig
 from mvit.schedule import ScheduleConfig
 from mvit.variants import VARIANTS, Variant
@@ -44,6 +45,9 @@ class ModelConfig(Settings):
     """Start from these weights, a file in any published naming or a run's folder; tables are resized to the input."""
     new_head: bool = False
     """With `weights` of another number of classes: start a fresh classifier instead of refusing them."""
+    inflation: Inflation = "centre"
+    """With image `weights` for clips: "centre" puts 2-D filters into the centre frame (paper), "repeat" into every one
+    (SlowFast)."""
     attention_form: AttentionForm = "auto"
     """How the attention is computed: auto (by device), reference, matmul or fused; the same function."""
     embed_dim: int | None = Field(default=None, gt=0)

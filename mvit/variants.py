@@ -9,6 +9,7 @@ from typing import get_args
 from mvit.model.attention import AttentionForm
 from mvit.model.backbone import NUM_STAGES, AbsolutePositions, Expand, MViT, RelativePositions
 from mvit.model.heads import READOUTS, Readout
+from mvit.model.inflation import Inflation
 from mvit.weights import load_weights
 
 
@@ -78,6 +79,7 @@ def create_model(
     kv_stride: int | None = None,
     head_dropout: float = 0.0,
     attention_form: AttentionForm = "auto",
+    inflation: Inflation = "centre",
 ) -> MViT:
     """Build an MViTv2 classifier: (B, 3, H, W) or (B, 3, T, H, W) floats → (B, num_classes) logits.
 
@@ -89,7 +91,7 @@ def create_model(
         expand: where channels grow, "attention" or "mlp". None: as published, the variant's for images and
             "attention" for clips.
         drop_path: a rate that grows linearly over the blocks from 0, or four, one for the blocks of each stage.
-        weights: a file or a state dict for `load_weights`; `allow_new_head` as there.
+        weights: a file or a state dict for `load_weights`; `allow_new_head` and `inflation` as there.
         readout: None: "class_token" where there is one, else "mean"; or "mean_then_norm".
         relative_positions, absolute_positions, residual_pooling, kv_stride: the paper's ablations (Tables 4, 6, 7,
             A.6); kv_stride None: 4 for images, 8 for clips.
@@ -142,7 +144,7 @@ def create_model(
     )
     model.set_attention_form(attention_form)
     if weights is not None:
-        load_weights(model, weights, allow_new_head=allow_new_head)
+        load_weights(model, weights, allow_new_head=allow_new_head, inflation=inflation)
     return model
 
 

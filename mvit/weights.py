@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mvit.model.backbone import MViT
 from mvit.model.convert import detector_part, fit_tensor, import_names
+from mvit.model.inflation import INFLATIONS, Inflation, inflate_state, is_for_images, starts_anew
 from mvit.weight_files import read_checkpoint
 
 _WRAPPERS = ("model_state", "state_dict", "model", "module")  # keys under which training code keeps the weights
@@ -29,11 +30,16 @@ class LoadReport:
     resized: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """(name, old shape, new shape) of the position tables that were interpolated."""
     missing: tuple[str, ...]
-    """Parameters of the model that start anew, if a new head was allowed: the head; after detectron2's backbone the
-    final norm and the class token, too. Else none."""
+    """Parameters of the model that start anew. If a new head was allowed: the head; after detectron2's backbone the
+    final norm and the class token, too. After inflation: the temporal positions, and the class token unless the image
+    weights had one. Else none."""
     unexpected: tuple[str, ...]
     """Tensors of the checkpoint that were not used: its head, if a new one was allowed, and whatever a detector has
     beside the backbone. Else none."""
+    inflation: Inflation | None = None
+    """How image weights were given a time axis, None if the weights were of the model's own kind."""
+    inflated: tuple[str, ...] = ()
+    """Our names of the convolutions that were."""
 
     def summary(self) -> str:
         """Return a few lines for a log."""
@@ -41,29 +47,51 @@ class LoadReport:
         if self.resized:
             lines.append(f"{len(self.resized)} position tables interpolated to another input size:")
             lines += [f"  {name}: {list(old)} -> {list(new)}" for name, old, new in self.resized]
-        if self.missing:
-            lines.append(f"the head starts anew: {', '.join(self.missing)}")
+        if self.inflation:
+            where = "in the centre frame, the others are zero" if self.inflation == "centre" else "in every frame"
+            lines.append(f"{len(self.inflated)} convolutions inflated from images to clips: {where}")
+        anew = [name for name in self.missing if not name.endswith(".rel_pos_t")]
+        tables = len(self.missing) - len(anew)
+        if tables:
+            value = "are zero" if self.inflation == "centre" else "start anew"
+            lines.append(f"{tables} tables of temporal positions {value}")
+        if anew:
+            lines.append(f"start anew: {', '.join(anew)}")
         if self.unexpected:
             parts = Counter(detector_part(name) or name.split(".")[0] for name in self.unexpected)
             lines.append(f"not used: {', '.join(f'{count} of {part}' for part, count in parts.items())}")
         return "\n".join(lines)
 
 
-def load_weights(model: MViT, source: str | Path | Mapping[str, object], *, allow_new_head: bool = False) -> LoadReport:
+def load_weights(
+    model: MViT,
+    source: str | Path | Mapping[str, object],
+    *,
+    allow_new_head: bool = False,
+    inflation: Inflation = "centre",
+) -> LoadReport:
     """Set the parameters of `model` from a file or a state dict in any published naming, which is detected.
 
     Position tables of another input size are interpolated and reported. `allow_new_head` starts a fresh classifier
     where the checkpoint has none or one for another number of classes. Of a detectron2 detector the backbone is taken,
-    its other parts are reported. The model is changed only if all fits.
+    its other parts are reported. Image weights for a video model are inflated: see `Inflation`; the temporal positions
+    start at zero ("centre") or as in a new model ("repeat"), the class token as in a new model if the images had none.
+    The model is changed only if all fits.
 
     Raises ValueError naming the keys and shapes of whatever cannot be explained.
     """
+    if inflation not in INFLATIONS:
+        raise ValueError(f"inflation={inflation!r} must be one of {', '.join(map(repr, INFLATIONS))}")
     label = "the given state dict" if isinstance(source, Mapping) else str(source)
     state = _state_dict(source if isinstance(source, Mapping) else read_checkpoint(source), label)
     naming, state = import_names(state)
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError("the model is on the meta device; give it memory first: model.to_empty(device='cpu')")
+    inflating = len(model.input_size) == 3 and is_for_images(state)
+    inflated: list[str] = []
+    if inflating:
+        state, inflated = inflate_state(state, wanted, inflation)
 
     fitted: dict[str, Tensor] = {}
     resized: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
@@ -78,6 +106,7 @@ def load_weights(model: MViT, source: str | Path | Mapping[str, object], *, allo
         if interpolated:
             resized.append((name, tuple(state[name].shape), shape))
     missing = [name for name in wanted if name not in state]
+    renewed = [name for name in missing if inflating and starts_anew(name)]
     unexpected = [name for name in state if name not in wanted]
     unused: list[str] = []
     if naming == "detectron2":
@@ -86,20 +115,25 @@ def load_weights(model: MViT, source: str | Path | Mapping[str, object], *, allo
 
     # Whole groups, weight and bias together
     unfit = [start for start in _RENEWABLE.get(naming, ("head.",)) if _has_unfit(start, wanted, fitted)]
-    renewed: list[str] = []
     if unfit and allow_new_head:
-        renewed = [name for name in wanted if name.startswith(tuple(unfit))]
+        renewed = [name for name in wanted if name in renewed or name.startswith(tuple(unfit))]
         unused = [name for name in state if name.startswith(tuple(unfit))] + unused
-        missing = [name for name in missing if name not in renewed]
-        wrong = {name: shapes for name, shapes in wrong.items() if name not in renewed}
+    missing = [name for name in missing if name not in renewed]
+    wrong = {name: shapes for name, shapes in wrong.items() if name not in renewed}
     if missing or unexpected or wrong:
         raise ValueError(_explain(label, naming, model, state, wanted, missing, unexpected, wrong))
-    for start in unfit:
-        _renew(model, start)
+    for start in dict.fromkeys([*unfit, *filter(starts_anew, renewed)]):
+        _renew(model, start, inflation)
     fitted = {name: tensor for name, tensor in fitted.items() if name not in renewed}
     model.load_state_dict(fitted, strict=False)  # strictness was enforced above, what starts anew excepted
     return LoadReport(
-        naming, tuple(n for n in wanted if n in fitted), tuple(sorted(resized)), tuple(renewed), tuple(unused)
+        naming,
+        tuple(name for name in wanted if name in fitted),
+        tuple(sorted(resized)),
+        tuple(renewed),
+        tuple(unused),
+        inflation if inflating else None,
+        tuple(inflated),
     )
 
 
@@ -107,14 +141,16 @@ def _has_unfit(start: str, wanted: Mapping[str, Tensor], fitted: Mapping[str, Te
     return any(name.startswith(start) and name not in fitted for name in wanted)
 
 
-def _renew(model: MViT, start: str) -> None:
-    """Initialise the parameters whose names begin so, as a new model's are."""
+def _renew(model: MViT, start: str, inflation: Inflation) -> None:
+    """Initialise the parameters whose names begin so, as a new model's are; inflated temporal tables as published."""
     if start == "head.":
         model.head.projection.reset_parameters()
     elif start == "norm.":
         model.norm.reset_parameters()
-    elif model.cls_token is not None:
-        nn.init.trunc_normal_(model.cls_token, std=0.02)
+    elif start.endswith(".rel_pos_t") and inflation == "centre":
+        nn.init.zeros_(model.get_parameter(start))
+    elif start != "cls_token" or model.cls_token is not None:
+        nn.init.trunc_normal_(model.get_parameter(start), std=0.02)
 
 
 def _state_dict(content: Mapping[str, object], label: str) -> dict[str, Tensor]:
@@ -200,4 +236,5 @@ def _hints(
     if patch and len(patch[0]) != len(patch[1]):
         kinds = {4: "images, input_size=(H, W)", 5: "clips, input_size=(T, H, W)"}
         hints.append(f"The weights are for {kinds.get(len(patch[0]), '?')}; the model is for {kinds[len(patch[1])]}.")
+        hints.append("Image weights fit a model for clips, by inflation; the other way round there is no rule.")
     return hints

@@ -134,7 +134,7 @@ def test_a_head_for_other_classes_is_refused_unless_a_new_one_is_allowed() -> No
     assert_same(model, before)
     report = load_weights(model, state, allow_new_head=True)
     assert report.missing == report.unexpected == ("head.projection.weight", "head.projection.bias")
-    assert "the head starts anew" in report.summary()
+    assert "start anew: head.projection.weight, head.projection.bias" in report.summary()
     assert_same_except(model, state, set(report.missing))
     assert model.head.projection.bias.eq(0).all()
     assert not torch.equal(model.head.projection.weight, before["head.projection.weight"])
