@@ -1,38 +1,61 @@
 """What decoding workers need from the process world: signals, threads and fast starts."""
 
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import torch
 
-_JOB_SIGNALS = {signal.SIGUSR1, signal.SIGUSR2}
+_JOB_SIGNALS = {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP}
+"""What concerns the training process only: Slurm may send it to every process of a job, a terminal to its group."""
+
+_LOOK_S = 2.0
 
 
 def start_worker(worker_id: int) -> None:
     """Prepare a worker process: one thread, and signals that only concern the training process ignored.
 
-    Slurm may send a job's warning signal to every descendant, and a worker that inherited the parent's SIGTERM handler
-    could not be terminated: the job would finish and yet run until its time limit.
+    At a preemption Slurm may send SIGTERM to every descendant of a job (proctrack/linuxproc). The training process then
+    saves, for which it needs its workers: only the SIGTERM that it sends itself, by which torch ends a worker that does
+    not leave, ends one. And a worker leaves when it is gone.
     """
     import cv2
 
     del worker_id
-    for number in _JOB_SIGNALS | {signal.SIGINT}:
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before any other thread: all inherit it
+    threading.Thread(target=_leave_with_trainer, name="leave-with-trainer", daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
 
+def _leave_with_trainer() -> None:
+    """End this worker when its training process says so by SIGTERM, or is gone.
+
+    A signal handler of Python is not told who sent a signal. And torch's workers watch their parent, which is the fork
+    server here: that stays as long as a worker does, and both would outlive a training process that was killed.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while trainer.is_alive():
+        told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_S)
+        if told is not None and told.si_pid == trainer.pid:
+            break
+    os._exit(0)
+
+
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back SIGUSR1 and SIGUSR2 while helper processes start; they arrive here afterwards, none is lost.
+    """Hold back signals that concern this process only while helper processes start; they arrive here afterwards.
 
-    The fork server and the resource tracker inherit the blocked mask, and so do workers until `start_worker`: the job's
-    warning signal, whose default action is to kill, cannot hit them.
+    The fork server and the resource tracker inherit the blocked mask and keep it, and so do workers until
+    `start_worker`: none of them dies of the job's warning signal or of SIGTERM. They end when this process does.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
     try:
@@ -51,3 +74,5 @@ def preload_workers() -> None:
     heavy = [name for name in ("torch", "cv2", "timm.data.auto_augment") if name in sys.modules]
     ours = sorted(name for name in sys.modules if name.startswith("data_pipeline."))
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *heavy, *ours])
+    with signals_held():  # now, since starting it unblocks SIGTERM here, and the fork server must not inherit that
+        resource_tracker.ensure_running()

@@ -36,7 +36,8 @@ class StopRequest:
     def install(self, keyboard: bool = False) -> None:
         """Take over the stop signals of this process; with `keyboard`, Ctrl-C too (a second one quits at once).
 
-        Forked children get USR2 ignored and SIGTERM as usual: a data worker must neither save nor refuse to end.
+        Forked children get USR2 ignored and SIGTERM as usual: they must neither save nor refuse to end. The data
+        workers are no children of this process, and ignore both until it is gone (data_pipeline/workers.py).
         """
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._on_signal)
