@@ -56,19 +56,21 @@ class RunFolder:
     def stop_file(self, attempt: int) -> Path:
         """Return the mark of a stop that a person asked for: not to be requeued, and no starting rank misses it.
 
-        A stop asked of a life that was requeued at that moment holds for the lives after it, until somebody submits
-        the run again.
+        It lies with the submission that the attempt belongs to: a stop asked of a life that was requeued at that moment
+        holds for the lives after it, until somebody submits the run again. Costs one listing of a folder that has one
+        entry a submission: every rank of every life asks.
         """
-        marks = [self.attempt_dir(life) / "stop_requested" for life in range(self.submission_of(attempt), attempt + 1)]
-        return next((mark for mark in marks if mark.exists()), marks[-1])
+        return self.attempt_dir(self.submission_of(attempt)) / "stop_requested"
 
     def submission_of(self, attempt: int) -> int:
         """Return the attempt that was submitted by a person and, requeued or not, led to this one.
 
         Told by submitit's folders, which are there before the job is: no life can start unseen.
         """
-        begun = [life for life in range(attempt, 0, -1) if self.submitit_dir(life).is_dir()]
-        return begun[0] if begun else attempt
+        folder = self.submitit_dir(attempt).parent
+        names = os.listdir(folder) if folder.is_dir() else []
+        begun = [int(name.removeprefix("attempt_")) for name in names if name.removeprefix("attempt_").isdigit()]
+        return max((life for life in begun if life <= attempt), default=attempt)
 
     def end_file(self, attempt: int) -> Path:
         """Return the mark that an attempt's end is recorded: of several processes that see it, one writes."""
