@@ -99,6 +99,8 @@ class Explanation:
         return [*lines, ""]
 
     def _decision_lines(self) -> list[str]:
+        if self.end.get("kind") == "finished":
+            return ["what followed: nothing is left to do"]
         did = "requeued" if self.end.get("requeued") else "not requeued"
         if did == "not requeued" and any(life.attempt > (self.attempt or 0) for life in self.history):
             did = ""  # by itself: somebody resumed it, or Slurm requeued a job that could not ask for it any more
@@ -286,7 +288,7 @@ def _history(events: Sequence[dict[str, Any]], judgement: Judgement, now: float)
                 last_step=life.last_step,
                 kind=life.kind or (judgement.state if life.attempt == judgement.attempt else "lost"),
                 detail=str(end.get("detail") or ""),
-                reason=str(end.get("reason") or ""),
+                reason="" if life.kind == "finished" else str(end.get("reason") or ""),
             )
         )
     return lines

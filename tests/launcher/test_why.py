@@ -146,15 +146,19 @@ def test_where_ranks_were_tells_the_step_under_way_from_one_that_is_done(
         assert expected in text
 
 
-def test_of_a_finished_run_nobody_is_told_where_its_ranks_were(
+def test_of_a_finished_run_it_is_not_told_where_its_ranks_were_or_why_it_does_not_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = create(tmp_path / "trial")
     start(run, 1, -60)
     rank(run, 1, 0, exit_code=0, last_phase="end", last_step=9)
     rank(run, 1, 1, exit_code=0, last_phase="save", last_step=9)
-    event(run, "end", 1, 0, cause="finished", kind="finished", detail="the run is complete", requeued=False)
-    assert "rank(s)" not in _why(run, capsys)
+    facts = {"detail": "the run is complete", "reason": "a local job is not restarted by itself"}
+    event(run, "end", 1, 0, cause="finished", kind="finished", requeued=False, **facts)
+    text = _why(run, capsys)
+    assert "rank(s)" not in text
+    assert "restarted" not in text
+    assert text.splitlines()[-1].endswith("finished  the run is complete")
 
 
 @pytest.mark.parametrize(
