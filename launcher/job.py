@@ -22,6 +22,7 @@ from launcher.processes import identify, node_name
 from launcher.run_folder import RunFolder, rank_file, write_json
 from launcher.snapshot import verify_snapshot
 from launcher.stacks import register_dump
+from mvit.life import Superseded
 
 if TYPE_CHECKING:
     from mvit.config import RunConfig
@@ -118,7 +119,7 @@ def train_inline(config: "RunConfig", run: RunFolder) -> int:
     """Train in this process (or as one rank of torchrun or srun) and return the exit code: 0, or 85 if stopped.
 
     The run folder must be claimed already. Signals and Ctrl-C become a save and exit code 85. An exception is recorded
-    and raised again.
+    and raised again, unless a later life has taken the run over: then nothing more is written, and the code is 87.
     """
     import mvit
 
@@ -143,6 +144,9 @@ def train_inline(config: "RunConfig", run: RunFolder) -> int:
     except BaseException as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             _leave_group()  # nobody else can be waiting
+        if isinstance(error, Superseded) or owner_of(run.path) > attempt:  # the folder and its ledger are the other's
+            print(f"life {owner_of(run.path)} of {run.path} has taken over: {error}", file=sys.stderr, flush=True)
+            return EXIT_FENCED
         if rank == 0:
             record_error(run.attempt_dir(attempt), rank, error, print_it=False)
             ending = Ending("error", f"{type(error).__name__}: {error}", rank, node_name())

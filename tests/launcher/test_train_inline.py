@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from launcher.claims import claim_life
 from tests.launcher.project import Project, wait_until
 
 
@@ -58,3 +59,16 @@ def test_stop_reaches_a_run_of_mvit_train(project: Project) -> None:
     assert project.mvit("stop", str(project.run_dir), "--wait").returncode == 0
     process.communicate(timeout=30)
     assert process.returncode == 85
+
+
+def test_a_run_that_a_later_life_takes_over_says_so_and_writes_nothing_more(project: Project) -> None:
+    process = project.start("train", "recipe.yaml", "steps=100000")
+    project.wait_for_training(num_ranks=1)
+    events = project.events()
+    claim_life(project.run_dir, 2)  # `mvit resume` on another host, which took this one for dead
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 87, errors
+    assert f"life 2 of {project.run_dir} has taken over" in errors
+    assert "Traceback" not in errors
+    assert project.events() == events
+    assert not list(project.run_dir.glob("logs/*/*.error.json"))

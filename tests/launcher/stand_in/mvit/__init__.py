@@ -117,6 +117,7 @@ def train(
                 run_dir / "metrics.jsonl", record | {"loss": 1 / step, "lr": 1e-3, "samples_per_s": 9.0, "eta_s": 1.0}
             )
             if stop or step % config.save_every == 0 or step == config.steps:
+                life.check_owner()
                 (run_dir / "checkpoints" / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
         if stop:
             break
