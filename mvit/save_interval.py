@@ -30,6 +30,9 @@ STALL_S_PER_GB = 0.25
 """Copy to host memory, measured on CPUs (docs/benchmarks.md); used until the run has measured its own."""
 PUBLISH_S_PER_GB = 3.0
 """From begin to publish, measured there too; a save that training waits for stalls it as long."""
+FIRST_SAVE_S = 5 * 60.0
+"""While no life has saved, the first save comes at the first log point or after this long, whichever is first: a run
+that dies soon has a checkpoint to go on from, and the interval follows from a measured save instead of a guess."""
 _REMEMBERED = 5
 
 
@@ -157,6 +160,7 @@ class SaveSchedule:
     def __init__(self, save_every: int | None, *, keep_every: int, first_step: int, setting: Setting) -> None:
         self._save_every, self._keep_every, self._setting = save_every, keep_every, setting
         self._last = first_step
+        self._waits_for_first = save_every is None
         self.steps: int | None = save_every
         """The interval; None while `train.save_every` is null and nothing is measured."""
         self.explanation = "" if save_every is None else f"save every {save_every} steps: train.save_every"
@@ -166,9 +170,18 @@ class SaveSchedule:
         """Say whether the interval follows from measurements."""
         return self._save_every is None
 
+    @property
+    def waits_for_first(self) -> bool:
+        """Say whether no save is known, of this life or an earlier one: the first is made early (FIRST_SAVE_S)."""
+        return self._waits_for_first
+
     def learn(self, measured: Measured) -> bool:
         """Derive the interval from rank 0's measurements; returns whether it changed and is to be explained anew."""
-        if not self.derives or measured.step_s is None:
+        if not self.derives:
+            return False
+        if measured.stall_s is not None:
+            self._waits_for_first = False
+        if measured.step_s is None:
             return False
         found = derive(measured, self._setting)
         if self.steps is not None and abs(found.steps - self.steps) <= CHANGE * self.steps:
@@ -176,8 +189,10 @@ class SaveSchedule:
         self.steps, self.explanation = found.steps, found.explanation
         return True
 
-    def due(self, step: int) -> bool:
-        """Say whether the state after `step` is to be saved."""
+    def due(self, step: int, *, early: bool = False) -> bool:
+        """Say whether the state after `step` is to be saved; `early` says that it is time for the first save."""
+        if early and self._waits_for_first:
+            return True
         if self._keep_every and step % self._keep_every == 0:
             return True
         if self._save_every is not None:
@@ -186,7 +201,7 @@ class SaveSchedule:
 
     def saved(self, step: int) -> None:
         """Remember that a save of `step` began, for whatever reason."""
-        self._last = step
+        self._last, self._waits_for_first = step, False
 
 
 def _hours(hours: float) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from mvit.checkpoint_save import Outcome
 from mvit.config import RunConfig
-from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger
+from mvit.distributed import RankInfo, StopAgreement, broadcast_object, gather_objects, logger
 from mvit.life import Life
-from mvit.save_interval import Meter, SaveSchedule, Setting
+from mvit.save_interval import FIRST_SAVE_S, Meter, SaveSchedule, Setting
 
 _REST_S = 60.0  # between two looks at the ledger, which lies on a shared file system
 _SHOWN = ("ettr", "mttf_h", "checkpoint_overhead", "lost_gpu_hours")
@@ -30,11 +30,13 @@ class SaveTiming:
             config.train.save_every, keep_every=config.train.keep_every, first_step=first_step, setting=setting
         )
         self._meter = Meter(life.goodput() if ranks.is_main else {})
+        self._began, self._logged, self._agreement = time.monotonic(), False, StopAgreement()
         self._learn()
 
     def log_point(self, step_s: float) -> dict[str, float]:
         """Take in the seconds per step and return what belongs into the record (collective)."""
         self._meter.stepped(step_s)
+        self._logged = True
         self._learn()
         record = {key: value for key, value in self._goodput().items() if key in _SHOWN}
         if self._schedule.derives and self._schedule.steps is not None:
@@ -42,11 +44,15 @@ class SaveTiming:
         return record
 
     def due(self, step: int) -> bool:
-        """Say whether the state after `step` is to be saved; the same on every rank."""
-        return self._schedule.due(step)
+        """Say whether the state after `step` is to be saved, the same on every rank (collective)."""
+        early = self._logged
+        if self._schedule.waits_for_first and not early:  # by the clock, on which the ranks have to agree
+            early = self._agreement.ask(time.monotonic() - self._began > FIRST_SAVE_S)
+        return self._schedule.due(step, early=early)
 
     def began(self, step: int) -> None:
         """Remember that a save of `step` began, for whatever reason."""
+        self._agreement.finish()
         self._schedule.saved(step)
 
     def published(self, outcome: Outcome) -> None:

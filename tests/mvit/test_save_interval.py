@@ -162,6 +162,30 @@ def test_a_derived_interval_counts_from_the_last_save_whatever_it_was_for() -> N
     assert due_steps(schedule, range(35, 40)) == [38]
 
 
+def test_the_first_save_of_a_run_is_early_and_measured_before_the_interval_counts() -> None:
+    schedule = SaveSchedule(None, keep_every=0, first_step=0, setting=LARGE)
+    assert not schedule.due(4)
+    assert schedule.learn(Measured(step_s=1.0))
+    assert schedule.steps is not None
+    assert schedule.steps > 100
+    assert not schedule.due(5)
+    assert schedule.due(5, early=True)
+    schedule.saved(5)
+    assert not schedule.due(6, early=True)
+    assert schedule.due(5 + schedule.steps)
+
+
+def test_a_life_that_knows_what_a_save_costs_makes_no_early_one() -> None:
+    schedule = SaveSchedule(None, keep_every=0, first_step=20, setting=LARGE)
+    assert schedule.learn(Measured(step_s=1.0, stall_s=1.0, publish_s=1.0))
+    assert not schedule.due(21, early=True)
+    given = SaveSchedule(10, keep_every=0, first_step=0, setting=LARGE)
+    assert not given.due(5, early=True)
+    unknown = SaveSchedule(None, keep_every=0, first_step=20, setting=LARGE)
+    assert unknown.learn(Measured(step_s=1.0)), "an earlier life died before it saved"
+    assert unknown.due(21, early=True)
+
+
 def test_small_changes_leave_the_interval_alone() -> None:
     schedule = SaveSchedule(None, keep_every=0, first_step=0, setting=LARGE)
     assert schedule.learn(Measured(1.0, 1.0, 1.0))
@@ -191,6 +215,21 @@ def test_a_life_starts_from_what_earlier_lives_measured() -> None:
 class _Productive(Unattended):
     def goodput(self) -> dict[str, float]:
         return {"ettr": 0.9, "lost_gpu_hours": 1.5, "failures": 0.0}
+
+
+@pytest.mark.parametrize(("log_every", "limit_s", "first"), [(5, 1e9, 5), (1000, 0.0, 2)], ids=["log point", "clock"])
+def test_a_new_run_has_a_checkpoint_soon(
+    train: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_every: int,
+    limit_s: float,
+    first: int,
+) -> None:
+    monkeypatch.setattr("mvit.save_timing.FIRST_SAVE_S", limit_s)
+    sections: dict[str, Any] = {"schedule": {"epochs": 0.4}, "data": {"validation": None}}
+    assert train(train={"save_every": None, "log_every": log_every}, **sections).step == 9
+    assert [line["step"] for line in publications(tmp_path / "run")] == [first, 9]
 
 
 def test_a_run_with_derived_saves_ends_with_the_same_weights(
