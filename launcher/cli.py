@@ -219,13 +219,16 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
         "model",
         commands.bench_model,
         "time forward and training steps of a variant",
-        "mvit bench model mvitv2_tiny mvitv2_small --batch 8",
+        "mvit bench model mvitv2_small --clip 16 224 224 --batch 1",
     )
     model.add_argument("variants", nargs="+", metavar="VARIANT", help="mvitv2_tiny, small, base, large or huge")
-    model.add_argument("--resolution", type=int, nargs="+", default=[224], metavar="PX", help="image sides (224)")
+    inputs = model.add_mutually_exclusive_group()
+    inputs.add_argument("--resolution", type=int, nargs="+", default=[224], metavar="PX", help="image sides (224)")
+    inputs.add_argument("--clip", type=int, nargs=3, metavar=("T", "H", "W"), help="clips of this size, not images")
     model.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    model.add_argument("--batch", type=int, default=4, metavar="N", help="images per step (4)")
-    model.add_argument("--against", nargs="*", choices=("timm",), default=["timm"], help="peers in the same run")
+    model.add_argument("--batch", type=int, default=4, metavar="N", help="images or clips per step (4)")
+    peers = "peers in the same run (images: timm, clips: torchvision); none given: without"
+    model.add_argument("--against", nargs="*", choices=("timm", "torchvision"), help=peers)
     forms = ("auto", "reference", "matmul", "fused")
     model.add_argument("--forms", nargs="+", choices=forms, default=["auto"], help="attention forms to compare")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")

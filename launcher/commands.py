@@ -201,7 +201,7 @@ def bench_model(args: Namespace) -> int:
 
     rows = bench_model(
         args.variants,
-        args.resolution,
+        [args.clip] if args.clip else [(side, side) for side in args.resolution],
         args.precision,
         args.batch,
         against=args.against,

@@ -1,9 +1,7 @@
 """Measure models: time, memory and FLOPs of forward and training steps, side by side with other libraries' models."""
 
-import argparse
 import ctypes
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mvit.benchmark_peers import PEERS, published_classes
 from mvit.variants import create_model
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # bf16: autocast over float32 parameters
@@ -29,31 +28,34 @@ class Measurement:
 
     contender: str
     variant: str
-    resolution: int
+    input_size: tuple[int, ...]
+    """(H, W) of images or (T, H, W) of clips."""
     precision: str
     batch: int
     kind: str
     """"forward" or "train"."""
     seconds_min: float
     seconds_median: float
-    wall_images_per_s: float
-    """Images per wall-clock second, median round."""
+    wall_samples_per_s: float
+    """Images or clips per wall-clock second, median round."""
     speedup: float | None
-    """Seconds of the first peer (minimum over rounds) divided by ours: above 1 is faster."""
+    """Seconds of the first peer (minimum over rounds) divided by this one's: above 1 is faster."""
+    speedup_median: float | None
+    """The same of the medians over rounds."""
     peak_mib: float | None
     """Memory above what was held before the call, in this kind of pass; None where it cannot be measured. Resident
     memory on the CPU: an upper bound that repeats within a quarter, allocated memory on CUDA."""
     gflops: float
-    """Multiply-adds of one forward pass of one image, in 1e9, as papers count FLOPs."""
+    """Multiply-adds of one forward pass of one image or clip, in 1e9, as papers count FLOPs."""
 
 
 def bench_model(
     variants: Sequence[str] = ("mvitv2_tiny",),
-    resolutions: Sequence[int] = (224,),
+    input_sizes: Sequence[Sequence[int]] = ((224, 224),),
     precisions: Sequence[str] = ("fp32", "bf16"),
     batch: int = 4,
     *,
-    against: Sequence[str] = ("timm",),
+    against: Sequence[str] | None = None,
     forms: Sequence[str] = ("auto",),
     rounds: int = 5,
     device: str | None = None,
@@ -62,36 +64,37 @@ def bench_model(
 ) -> list[dict[str, Any]]:
     """Time our models in each attention form, and their peers, taking turns in one process; return JSON-able rows.
 
+    `against` None takes timm for images (H, W) and torchvision for clips (T, H, W): each has models of one kind.
     Taking turns makes the ratios robust against other work on the machine; on the CPU so do CPU seconds instead of
     wall-clock time (with `num_threads=1` most so: waiting threads burn CPU time on a busy machine).
-    Raises ValueError for an unknown precision or peer.
+    Raises ValueError for an unknown precision, or a peer that is unknown or has no such model.
     """
-    for name, known in (*((p, PRECISIONS) for p in precisions), *((a, _PEERS) for a in against)):
-        if name not in known:
-            raise ValueError(f"cannot bench {name!r}; choose from {list(known)}")
+    _check_choices(input_sizes, precisions, against or ())
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     measurements: list[Measurement] = []
     for variant in variants:
-        for resolution in resolutions:
-            contenders = {peer: _PEERS[peer](variant, resolution) for peer in against}
+        for size in (tuple(size) for size in input_sizes):
+            gflops = count_gflops(variant, size)  # first of all: it refuses what no variant or input is, in our words
+            peers = [name for name, peer in PEERS.items() if peer.axes == len(size)] if against is None else against
+            contenders = {peer: PEERS[peer].build(variant, size) for peer in peers}
             for form in forms:
-                ours = create_model(variant, input_size=(resolution, resolution))
+                ours = create_model(variant, published_classes(size), size)
                 ours.set_attention_form(form)
                 contenders[f"mvit {form}"] = ours
-            gflops = count_gflops(variant, resolution)
             for precision in precisions:
                 for kind in PASSES:
-                    times = _take_turns(contenders, resolution, precision, batch, kind, rounds, where)
-                    reference = min(times[against[0]][0]) if against else None
+                    times = _take_turns(contenders, size, precision, batch, kind, rounds, where)
+                    theirs = times[peers[0]][0] if peers else None
                     for name, (seconds, walls, peak) in times.items():
-                        speedup = reference / min(seconds) if reference else None
                         median, rate = statistics.median(seconds), batch / statistics.median(walls)
+                        speedup = min(theirs) / min(seconds) if theirs else None
+                        speedup_median = statistics.median(theirs) / median if theirs else None
                         measurements.append(
                             Measurement(
-                                name, variant, resolution, precision, batch, kind,
-                                min(seconds), median, rate, speedup, peak, gflops,
+                                name, variant, size, precision, batch, kind,
+                                min(seconds), median, rate, speedup, speedup_median, peak, gflops,
                             )
                         )  # fmt: skip
     if show:
@@ -99,14 +102,26 @@ def bench_model(
     return [asdict(measurement) for measurement in measurements]
 
 
-def count_gflops(variant: str, resolution: int) -> float:
-    """Return the multiply-adds of one image's forward pass in 1e9, counted on the meta device."""
+def _check_choices(input_sizes: Sequence[Sequence[int]], precisions: Sequence[str], against: Sequence[str]) -> None:
+    for name, known in (*((p, PRECISIONS) for p in precisions), *((a, PEERS) for a in against)):
+        if name not in known:
+            raise ValueError(f"cannot bench {name!r}; choose from {list(known)}")
+    for size in input_sizes:
+        for peer in against:
+            if len(size) != PEERS[peer].axes:
+                fits = [name for name, other in PEERS.items() if other.axes == len(size)]
+                kind = "clips" if len(size) == 3 else "images"
+                raise ValueError(f"{peer} has no MViTv2 for {kind} ({_text(size)}); measure against {', '.join(fits)}")
+
+
+def count_gflops(variant: str, input_size: Sequence[int]) -> float:
+    """Return the multiply-adds of one image's or clip's forward pass in 1e9, counted on the meta device."""
     with torch.device("meta"):
-        model = create_model(variant, input_size=(resolution, resolution)).eval()
+        model = create_model(variant, published_classes(input_size), input_size).eval()
         model.set_attention_form("reference")  # the folded forms count their extra columns
-        images = torch.empty(1, 3, resolution, resolution)
+        inputs = torch.empty(1, 3, *input_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
+        model(inputs)
     return counter.get_total_flops() / 2e9
 
 
@@ -114,34 +129,29 @@ def print_table(measurements: Sequence[Measurement], device: torch.device) -> No
     """Print the measurements as a table."""
     unit = "CPU s" if device.type == "cpu" else "s"
     table = Table(title=f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for header in ("model", "px", "GFLOPs", "precision", "pass", "batch", "contender"):
+    for header in ("model", "input", "GFLOPs", "precision", "pass", "batch", "contender"):
         table.add_column(header)
-    for header in (f"{unit} min", f"{unit} median", "images/s", "speed-up", "peak MiB"):
+    for header in (f"{unit} min", f"{unit} median", "samples/s", "speed-up", "of medians", "peak MiB"):
         table.add_column(header, justify="right")
     for m in measurements:
-        shape = (m.variant, str(m.resolution), f"{m.gflops:.2f}", m.precision, m.kind, str(m.batch), m.contender)
-        numbers = (f"{m.seconds_min:.4f}", f"{m.seconds_median:.4f}", f"{m.wall_images_per_s:.1f}")
-        speedup = "" if m.speedup is None else f"{m.speedup:.2f}"
+        shape = (m.variant, _text(m.input_size), f"{m.gflops:.2f}", m.precision, m.kind, str(m.batch), m.contender)
+        numbers = (f"{m.seconds_min:.4f}", f"{m.seconds_median:.4f}", f"{m.wall_samples_per_s:.3g}")
+        speedups = ["" if ratio is None else f"{ratio:.2f}" for ratio in (m.speedup, m.speedup_median)]
         peak = "" if m.peak_mib is None else f"{m.peak_mib:.0f}"
-        table.add_row(*shape, *numbers, speedup, peak)
+        table.add_row(*shape, *numbers, *speedups, peak)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own: rich would fold every column
-        console = Console(width=140)
+        console = Console(width=150)
     console.print(table)
 
 
-def _timm_model(variant: str, resolution: int) -> nn.Module:
-    import timm
-
-    return timm.create_model(variant, img_size=resolution)
-
-
-_PEERS: dict[str, Callable[[str, int], nn.Module]] = {"timm": _timm_model}
+def _text(input_size: Sequence[int]) -> str:
+    return "x".join(map(str, input_size))
 
 
 def _take_turns(
     contenders: dict[str, nn.Module],
-    resolution: int,
+    input_size: tuple[int, ...],
     precision: str,
     batch: int,
     kind: str,
@@ -149,16 +159,16 @@ def _take_turns(
     device: torch.device,
 ) -> dict[str, tuple[list[float], list[float], float | None]]:
     """Run every contender once per round, after one round of warm-up that also measures memory."""
-    images = torch.randn(batch, 3, resolution, resolution, device=device)
+    inputs = torch.randn(batch, 3, *input_size, device=device)
     results: dict[str, tuple[list[float], list[float], float | None]] = {}
     for name, model in contenders.items():
         model.to(device).train(kind == "train")
-        step = _step(model, images, precision, kind)
+        step = _step(model, inputs, precision, kind)
         step()
         results[name] = ([], [], _peak_mib(model, step, device))
     for _ in range(rounds):
         for name, model in contenders.items():
-            seconds, wall = _timed(_step(model, images, precision, kind), device)
+            seconds, wall = _timed(_step(model, inputs, precision, kind), device)
             results[name][0].append(seconds)
             results[name][1].append(wall)
     for model in contenders.values():
@@ -166,16 +176,16 @@ def _take_turns(
     return results
 
 
-def _step(model: nn.Module, images: Tensor, precision: str, kind: str) -> Callable[[], None]:
+def _step(model: nn.Module, inputs: Tensor, precision: str, kind: str) -> Callable[[], None]:
     dtype = PRECISIONS[precision]
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with (
             torch.set_grad_enabled(kind == "train"),
-            torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None),
+            torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype is not None),
         ):
-            loss = model(images).float().square().mean()
+            loss = model(inputs).float().square().mean()
         if kind == "train":
             loss.backward()
 
@@ -221,36 +231,3 @@ def _peak_mib(model: nn.Module, step: Callable[[], None], device: torch.device) 
 def _status_kib(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of the measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m mvit.benchmark")
-    parser.add_argument("what", choices=["model"])
-    parser.add_argument("--variants", nargs="+", default=["mvitv2_tiny"])
-    parser.add_argument("--resolutions", nargs="+", type=int, default=[224])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(PRECISIONS))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--against", nargs="*", default=["timm"], choices=list(_PEERS))
-    parser.add_argument("--forms", nargs="+", default=["auto"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--num-threads", type=int, help="CPU threads; 1 gives the steadiest ratios")
-    parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
-    args = parser.parse_args(arguments)
-    rows = bench_model(
-        args.variants,
-        args.resolutions,
-        args.precisions,
-        args.batch,
-        against=args.against,
-        forms=args.forms,
-        rounds=args.rounds,
-        num_threads=args.num_threads,
-        show=not args.json,
-    )
-    if args.json:
-        print(json.dumps(rows, indent=2))
-
-
-if __name__ == "__main__":
-    main()
