@@ -1,4 +1,4 @@
-"""RandAugment on PIL pictures: timm's implementation, made a pure function of (picture, seed).
+"""RandAugment on PIL pictures and clips of them: timm's implementation, made a pure function of (picture, seed).
 
 PIL's operations cost a third of torchvision's tensor operations on one core, so this runs in the workers. The module
 imports timm, which takes seconds; only training transforms import it.
@@ -6,6 +6,7 @@ imports timm, which takes seconds; only training transforms import it.
 
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 
@@ -35,6 +36,21 @@ class RandAugment:
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
         with seeded_python(seed):  # timm draws from the global generators of random and numpy
             return self._augment(image)
+
+
+class ClipRandAugment:
+    """Apply the same operations with the same strengths and directions to all frames of a clip, as SlowFast does.
+
+    Holes are grey (128) and translations reach 0.45 of the frame's short side, since it is not cropped yet.
+    """
+
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+
+    def __call__(self, frames: np.ndarray, seed: int) -> np.ndarray:
+        """Return frames (T, H, W, 3) uint8, augmented."""
+        augment = RandAugment(self._policy, frames.shape[1:3], (0.5, 0.5, 0.5), Image.Resampling.BICUBIC)
+        return np.stack([np.asarray(augment(Image.fromarray(frame), seed)) for frame in frames])
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:

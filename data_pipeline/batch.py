@@ -1,6 +1,8 @@
 """Typed batches: what a loader yields and a task receives."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,22 +26,54 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def pixels(self) -> Tensor:
+        """The images, by the name that clips have too."""
+        return self.images
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "ImageBatch":
         """Return the batch with its tensors on `device`; asynchronous only if the batch is pinned."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            weights=self.weights.to(device, non_blocking=non_blocking),
-            sample_ids=self.sample_ids.to(device, non_blocking=non_blocking),
-        )
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "ImageBatch":
         """Return the batch in page-locked memory (torch's DataLoader calls this by name)."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            weights=self.weights.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
-        )
+        return _each_tensor(self, Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """A batch of B clips of one size, or of B videos with V views each, still uint8.
+
+    Shapes: clips (B, 3, T, H, W) in training, (B, V, 3, T, H, W) in evaluation, uint8, channels last in memory; the
+    others as in `ImageBatch`, one per clip in training and one per video in evaluation.
+    """
+
+    clips: Tensor
+    labels: Tensor
+    weights: Tensor
+    sample_ids: Tensor
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The clips, by the name that images have too."""
+        return self.clips
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "VideoBatch":
+        """Return the batch with its tensors on `device`; asynchronous only if the batch is pinned."""
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "VideoBatch":
+        """Return the batch in page-locked memory (torch's DataLoader calls this by name)."""
+        return _each_tensor(self, Tensor.pin_memory)
+
+
+_Batch = TypeVar("_Batch", ImageBatch, VideoBatch)
+
+
+def _each_tensor(batch: _Batch, change: Callable[[Tensor], Tensor]) -> _Batch:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})

@@ -6,7 +6,6 @@ Only what needs the single picture happens here, in the workers. Normalising, er
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -14,84 +13,33 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.batch import ImageBatch
 from data_pipeline.decode import class_label, decode_pil, decode_rgb, decode_rgb_fast, jpeg_size, picture
 from data_pipeline.order import derive_seed
 from data_pipeline.reads import Item
-from data_pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from data_pipeline.augment import RandAugment
 
-_POLICY = re.compile(r"rand(-(m\d+|n\d+|p(0?\.\d+|1)|mstd\d+(\.\d+)?|mmax\d+|inc[01]|tweights|t3aw?))*")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _ENLARGING = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
 
 
-class ImageConfig(Settings):
+class ImageConfig(AugmentConfig):
     """Augmentation and evaluation of still pictures; the defaults are MViTv2's for ImageNet-1K (appendix B.2)."""
 
-    image_size: tuple[int, int] = (224, 224)
-    """Height and width of what the model sees."""
     decoder: Literal["fast", "pil"] = "fast"
     """Training only: "fast" reads JPEGs with a quick inverse DCT and shrinks by area; "pil" is timm's way, at half the
     speed. Evaluation gives PIL's pixels either way."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Resampling in evaluation, RandAugment and, in training, where a crop is enlarged."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means (RGB, 0 to 1) that are subtracted; ImageNet's."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Channel deviations that are divided by; ImageNet's."""
-
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Training crop: range of its area, as a part of the picture's."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Training crop: range of its width / height."""
-    hflip_prob: float = Field(default=0.5, ge=0, le=1)
-    """Probability of mirroring left to right; 0 for pictures with a reading direction, such as digits."""
-    rand_augment: str | None = "rand-m9-n6-mstd0.5-inc1"
-    """timm's RandAugment policy; None for none."""
-    random_erasing_prob: float = Field(default=0.25, ge=0, le=1)
-    """Probability of filling a rectangle (area 2 % to 1/3, aspect 0.3 to 3.3) with noise."""
-    mixup_alpha: float = Field(default=0.8, ge=0)
-    """Beta parameter of mixup; 0 turns it off."""
-    cutmix_alpha: float = Field(default=1.0, ge=0)
-    """Beta parameter of cutmix; 0 turns it off."""
-    mix_prob: float = Field(default=1.0, ge=0, le=1)
-    """Probability that a micro batch is mixed at all."""
-    mix_switch_prob: float = Field(default=0.5, ge=0, le=1)
-    """Probability of cutmix rather than mixup where both are on."""
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Part of the target spread over all classes; also without mixing."""
-
     crop_pct: float = Field(default=0.875, gt=0, le=1)
     """Evaluation: the short side is resized to image_size / crop_pct, then the centre is cut out."""
     full_resize: bool = False
     """Evaluation: resize the whole picture to image_size instead, whatever its shape."""
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> "ImageConfig":
-        if min(self.image_size) < 1:
-            raise ValueError(f"image_size {self.image_size} must be two positive numbers (height, width)")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale {self.crop_scale} must rise within 0 (excluded) to 1")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio {self.crop_ratio} must rise and be positive")
-        if self.rand_augment is not None and not _POLICY.fullmatch(self.rand_augment):
-            raise ValueError(
-                f"rand_augment {self.rand_augment!r} is no policy timm knows; "
-                "e.g. rand-m9-n6-mstd0.5-inc1, or null for none"
-            )
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std} must be positive")
-        return self
-
-    @property
-    def mixes(self) -> bool:
-        """Whether micro batches are mixed."""
-        return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
 
 class ImageTransform:

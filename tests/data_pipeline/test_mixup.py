@@ -10,14 +10,15 @@ from timm.data.random_erasing import RandomErasing
 
 from data_pipeline.batch import ImageBatch
 from data_pipeline.image import ImageConfig
-from data_pipeline.mixup import DeviceAugment, check_micro_batch, normalize
-from data_pipeline.synthetic import SyntheticImages
+from data_pipeline.mixup import DeviceAugment, check_micro_batch, normalize, normalize_pixels
+from data_pipeline.synthetic import SyntheticBatches
+from data_pipeline.video import VideoConfig
 
 NO_MIXING = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
 
 
 def batch_of(size: int, seed: int = 0) -> ImageBatch:
-    return next(iter(SyntheticImages((32, 40), 7, size, seed=seed)))
+    return next(iter(SyntheticBatches((32, 40), 7, size, seed=seed)))
 
 
 def test_the_same_seed_gives_the_same_batch_and_no_generator_is_moved() -> None:
@@ -82,7 +83,7 @@ def test_without_mixing_targets_are_smoothed_one_hot() -> None:
 
 def test_erasing_fills_rectangles_of_the_published_sizes_with_unit_noise() -> None:
     config = ImageConfig(random_erasing_prob=1.0, image_size=(64, 64), **NO_MIXING)
-    batch = next(iter(SyntheticImages((64, 64), 3, 40)))
+    batch = next(iter(SyntheticBatches((64, 64), 3, 40)))
     changed = (DeviceAugment(config, 3)(batch, 0)[0] != normalize(batch, config)).all(1)
     areas = changed.float().mean((1, 2))
     assert areas.min() > 0.01
@@ -103,6 +104,42 @@ def test_a_micro_batch_of_one_cannot_be_mixed() -> None:
     check_micro_batch(ImageConfig(mix_prob=0.0), 1)
     with pytest.raises(ValueError, match=r"micro_batch_size 1 with mixup or cutmix on.*Raise micro_batch_size"):
         check_micro_batch(ImageConfig(), 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_frames_of_a_clip_share_the_rectangle_and_the_weight(seed: int) -> None:
+    """Each frame is erased and mixed as timm would a picture, at one place for all of them: SlowFast's "cube"."""
+    batch = next(iter(SyntheticBatches((5, 32, 40), 7, 6)))
+    clips, targets = DeviceAugment(VideoConfig(random_erasing_prob=0.5), 7)(batch, seed)
+    assert clips.shape == (6, 3, 5, 32, 40)
+    assert clips.is_contiguous()
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    tall = normalize(batch, VideoConfig()).reshape(6, 15, 32, 40)  # timm's functions, on pictures of 15 channels
+    expected = RandomErasing(0.5, mode="pixel", device="cpu")(tall)
+    mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1, num_classes=7)
+    expected, expected_targets = mixup(expected, batch.labels)
+    assert torch.equal(clips, expected.view(6, 3, 5, 32, 40))
+    assert torch.equal(targets, expected_targets)
+
+
+def test_erasing_a_clip_takes_one_rectangle_through_time_and_noise_that_changes() -> None:
+    batch = next(iter(SyntheticBatches((4, 32, 32), 7, 8)))
+    config = VideoConfig(random_erasing_prob=1.0, **NO_MIXING)
+    plain, clips = normalize(batch, config), DeviceAugment(config, 7)(batch, 0)[0]
+    changed = (clips != plain).all(1)
+    assert changed.any((1, 2, 3)).all()
+    assert (changed == changed[:, :1]).all()
+    assert (clips[:, :, 0] != clips[:, :, 1]).any(1)[changed[:, 0]].all()
+
+
+def test_clips_are_normalised_channel_by_channel() -> None:
+    batch = next(iter(SyntheticBatches((2, 8, 8), 7, 3)))
+    config = VideoConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
+        expected = (batch.clips[:, channel].float() / 255 - mean) / std
+        assert torch.allclose(normalize(batch, config)[:, channel], expected)
+    views = normalize_pixels(batch.clips[None].expand(2, -1, -1, -1, -1, -1).flatten(0, 1), config)
+    assert torch.equal(views[3:], normalize(batch, config))
 
 
 @pytest.mark.gpu
