@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipeline.batch import ImageBatch
 from data_pipeline.order import Stream, chunk_positions
 from data_pipeline.reads import (
     BadSamples,
@@ -94,7 +93,7 @@ class _ChunkSampler:
 
 
 class TrainLoader:
-    """The endless training stream of one rank.
+    """The endless training stream of one rank; each sample comes `repeats` times running, augmented anew.
 
     Raises ValueError if the shards are empty, or `global_batch_size` is not a multiple of
     micro_batch_size * world_size.
@@ -112,6 +111,7 @@ class TrainLoader:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        repeats: int = 1,
     ) -> None:
         if global_batch_size % (micro_batch_size * world_size):
             raise ValueError(
@@ -122,18 +122,18 @@ class TrainLoader:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
         self.rank, self.world_size = rank, world_size
-        self.stream = Stream(shards.shard_sizes, seed, config.shuffle_window)
-        self._reads = TrainingReads(shards, transform, self.stream, seed)
+        self.stream = Stream(shards.shard_sizes, seed, config.shuffle_window, repeats)
+        self._reads = TrainingReads(shards, transform, self.stream)
         self._collate = collate
         self._bad = BadSamples(config.max_bad_samples)
-        self._running: Generator[ImageBatch, None, None] | None = None
+        self._running: Generator[Any, None, None] | None = None
 
     @property
     def num_bad(self) -> int:
         """Distinct undecodable samples this rank has replaced so far."""
         return len(self._bad.seen)
 
-    def start(self, step: int = 0) -> Iterator[ImageBatch]:
+    def start(self, step: int = 0) -> Iterator[Any]:
         """Return this rank's endless batches; the first is accumulation 0 of global step `step` (0, 1, …).
 
         Stops the workers of an earlier `start`. Iterating raises BadSampleError beyond `data.max_bad_samples`.
@@ -167,11 +167,13 @@ class TrainLoader:
             "global_batch_size": self.global_batch_size,
             "shuffle_window": self.config.shuffle_window,
             "num_samples": self.stream.num_samples,
+            "repeats": self.stream.repeats,
             "fingerprint": self.shards.fingerprint(),
         }
 
     def check_state(self, state: Mapping[str, int | str]) -> None:
         """Raise ValueError unless `start(state["step"])` continues exactly the stream `state` was taken from."""
+        state = {"repeats": 1, **state}  # not saved before there were any
         ours = self.state_dict(int(state.get("step", 0)))
         differing = [
             f"{name} was {state.get(name, 'not saved')}, is {ours[name]}"
@@ -228,7 +230,7 @@ class EvaluationLoader:
         firsts = [(b * self.world_size + self.rank) * size for b in range(len(self))]
         return [[i if i < total else -1 for i in range(first, first + size)] for first in firsts]
 
-    def __iter__(self) -> Iterator[ImageBatch]:
+    def __iter__(self) -> Iterator[Any]:
         if self._loader is None:
             self._loader = _make_loader(self._reads, self._id_lists(), self._collate, self.config, True)
         with signals_held():

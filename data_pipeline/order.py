@@ -1,8 +1,9 @@
 """Which samples come when: pure functions of (seed, epoch, step), numpy only.
 
 The training stream is endless. Position p (0, 1, 2, …) is place ``p % N`` of epoch ``p // N``, so every sample comes
-exactly once an epoch, nothing is dropped, and a global batch may straddle two epochs. Nothing here knows how many
-workers read, and the ranks only decide who computes which chunk of a global batch.
+exactly once an epoch, nothing is dropped, and a global batch may straddle two epochs. With R repeats (several
+augmentations of a sample in one batch, arXiv 1901.09335) position p is repeat ``p % R`` of place ``p // R``. Nothing
+here knows how many workers read, and the ranks only decide who computes which chunk of a global batch.
 """
 
 import hashlib
@@ -67,18 +68,21 @@ def chunk_positions(
 
 
 class Stream:
-    """The endless stream of one training set: position → (epoch, place in the epoch, sample id).
+    """The endless stream of one training set: position → (epoch, sample id); each sample comes `repeats` times running.
 
     Keeps the orders of the last two epochs only, because a global batch rarely straddles more.
     """
 
-    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, seed: int, window: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, seed: int, window: int, repeats: int = 1) -> None:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         if self.num_samples == 0:
             raise ValueError("The training shards hold no sample; there is nothing to train on.")
         self.seed = seed
         self.window = window
+        if repeats < 1:
+            raise ValueError(f"repeats is {repeats}; every sample comes at least once: give 1 or more.")
+        self.repeats = repeats
         self._orders: dict[int, np.ndarray] = {}
 
     def order(self, epoch: int) -> np.ndarray:
@@ -90,8 +94,18 @@ class Stream:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return (epoch, sample id) of a stream position."""
-        epoch, place = divmod(position, self.num_samples)
+        epoch, place = divmod(position // self.repeats, self.num_samples)
         return epoch, int(self.order(epoch)[place])
+
+    def following(self, position: int, tries: int) -> int:
+        """Return the sample id `tries` places after a position's in the order of its epoch, which is a ring."""
+        epoch, place = divmod(position // self.repeats, self.num_samples)
+        return int(self.order(epoch)[(place + tries) % self.num_samples])
+
+    def augmentation_seed(self, position: int, epoch: int, sample_id: int) -> int:
+        """Return what seeds the augmentation of the sample that `locate` found at a position; repeats differ."""
+        repeat = position % self.repeats
+        return derive_seed(self.seed, epoch, sample_id, *([repeat] if repeat else []))
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the orders behind: a worker needs them only when it meets an undecodable sample."""

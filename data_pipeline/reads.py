@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch.utils.data import Dataset
 
 from data_pipeline.decode import DecodeError
-from data_pipeline.order import Stream, derive_seed
+from data_pipeline.order import Stream
 from data_pipeline.shards import ShardSet
 
 logger = logging.getLogger(__name__)
@@ -57,23 +57,22 @@ Collate = Callable[[Sequence[Item]], Any]
 class TrainingReads(Dataset):
     """Reads the samples of one chunk; replaces undecodable ones by the next readable sample of the epoch's order."""
 
-    def __init__(self, shards: ShardSet, transform: Transform, stream: Stream, seed: int) -> None:
-        self.shards, self.transform, self.stream, self.seed = shards, transform, stream, seed
+    def __init__(self, shards: ShardSet, transform: Transform, stream: Stream) -> None:
+        self.shards, self.transform, self.stream = shards, transform, stream
 
     def __getitems__(self, draws: list[tuple[int, int, int]]) -> tuple[list[Item], list[BadSample]]:
         bad: list[BadSample] = []
         return [self._read(*draw, bad) for draw in draws], bad
 
     def _read(self, position: int, epoch: int, sample_id: int, bad: list[BadSample]) -> Item:
-        chosen, seed = sample_id, derive_seed(self.seed, epoch, sample_id)
+        chosen, seed = sample_id, self.stream.augmentation_seed(position, epoch, sample_id)
         for tries in range(1, self.stream.num_samples + 1):
             try:
                 return Item(self.transform(self.shards.read(chosen), seed), chosen, self.shards.key(chosen), 1.0)
             except DecodeError as error:
                 bad.append(BadSample(chosen, self.shards.key(chosen), str(error)))
             # The replacement keeps the bad sample's seed: elsewhere in the epoch it is augmented with its own.
-            place = (position + tries) % self.stream.num_samples
-            chosen = int(self.stream.order(epoch)[place])
+            chosen = self.stream.following(position, tries)
         raise BadSampleError(f"None of the {self.stream.num_samples} training samples can be decoded; last: {bad[-1]}.")
 
 

@@ -15,7 +15,7 @@ from data_pipeline.image import ImageConfig, ImageTransform, collate_images
 from data_pipeline.loader import DataConfig, EvaluationLoader, TrainLoader
 from data_pipeline.reads import BadSampleError
 from data_pipeline.shards import ShardSet, open_shards
-from data_pipeline.synthetic import SyntheticImages
+from data_pipeline.synthetic import SyntheticBatches
 from data_pipeline.workers import signals_held
 from tests.data_pipeline.pictures import photo_samples, write_shards
 
@@ -35,7 +35,13 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def train_loader(
-    shards: ShardSet, rank: int = 0, world_size: int = 1, micro: int = 2, workers: int = 0, max_bad: int = 0
+    shards: ShardSet,
+    rank: int = 0,
+    world_size: int = 1,
+    micro: int = 2,
+    workers: int = 0,
+    max_bad: int = 0,
+    repeats: int = 1,
 ) -> TrainLoader:
     config = DataConfig(num_workers=workers, shuffle_window=2, max_bad_samples=max_bad, pin_memory=False)
     return TrainLoader(
@@ -48,6 +54,7 @@ def train_loader(
         micro_batch_size=micro,
         rank=rank,
         world_size=world_size,
+        repeats=repeats,
     )
 
 
@@ -114,6 +121,40 @@ def test_workers_change_nothing(shards: ShardSet) -> None:
     evaluation.close()
     assert [i for batch in first for i in batch.sample_ids.tolist() if i >= 0] == list(range(29))
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_with_repeats_the_stream_is_the_same_on_any_ranks_and_workers_and_after_resuming(shards: ShardSet) -> None:
+    alone = list(islice(train_loader(shards, repeats=2).start(), 16))
+    for world_size, workers in ((2, 0), (4, 2)):
+        loaders = [train_loader(shards, rank, world_size, workers=workers, repeats=2) for rank in range(world_size)]
+        ranks = [loader.start() for loader in loaders]
+        assert all(same(batch, next(ranks[chunk % world_size])) for chunk, batch in enumerate(alone))
+        for loader in loaders:
+            loader.close()
+    resumed = train_loader(shards, micro=4, repeats=2).start(2)  # 2 steps = 8 batches of two
+    for one, two in zip(alone[8::2], alone[9::2], strict=True):
+        both = next(resumed)
+        assert both.keys == one.keys + two.keys
+        assert torch.equal(both.images, torch.cat([one.images, two.images]))
+    for batch in alone:
+        assert batch.keys[0] == batch.keys[1]
+        assert not torch.equal(batch.images[0], batch.images[1])
+
+
+def test_all_repeats_of_a_bad_sample_are_replaced_by_the_same_one(damaged: ShardSet) -> None:
+    batches = list(islice(train_loader(damaged, max_bad=1, repeats=2).start(), 12))
+    assert all(batch.keys[0] == batch.keys[1] for batch in batches)
+    assert len({key for batch in batches for key in batch.keys}) == 11
+
+
+def test_a_cursor_knows_its_repeats(shards: ShardSet) -> None:
+    old = train_loader(shards).state_dict(7)
+    del old["repeats"]  # of a run before there were any
+    train_loader(shards).check_state(old)
+    with pytest.raises(ValueError, match="repeats was 1, is 2"):
+        train_loader(shards, repeats=2).check_state(old)
+    with pytest.raises(ValueError, match="repeats was 2, is 1"):
+        train_loader(shards).check_state(train_loader(shards, repeats=2).state_dict(7))
 
 
 def test_a_warning_signal_while_workers_start_is_delivered_afterwards() -> None:
@@ -226,7 +267,8 @@ def test_batch_sizes_that_do_not_divide_are_refused(shards: ShardSet) -> None:
 
 
 def test_synthetic_batches_are_of_the_training_type_and_repeatable() -> None:
-    first, again = SyntheticImages((8, 10), 5, 3).start(), SyntheticImages((8, 10), 5, 3).start(1)
+    assert next(SyntheticBatches((4, 8, 10), 5, 3).start()).clips.shape == (3, 3, 4, 8, 10)
+    first, again = SyntheticBatches((8, 10), 5, 3).start(), SyntheticBatches((8, 10), 5, 3).start(1)
     one, two = next(first), next(first)
     assert one.images.shape == (3, 3, 8, 10)
     assert one.images.dtype == torch.uint8

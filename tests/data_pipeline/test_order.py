@@ -95,3 +95,16 @@ def test_an_empty_set_and_a_window_of_nothing_are_refused() -> None:
         Stream([0, 0], 0, 1)
     with pytest.raises(ValueError, match=r"shuffle_window is 0"):
         epoch_order([3], 0, 0, 0)
+
+
+def test_repeats_come_one_after_the_other_with_seeds_of_their_own() -> None:
+    plain, doubled = Stream([5, 3], seed=3, window=1), Stream([5, 3], seed=3, window=1, repeats=3)
+    assert [doubled.locate(p) for p in range(60)] == [plain.locate(p // 3) for p in range(60)]
+    seeds = [doubled.augmentation_seed(p, *doubled.locate(p)) for p in range(60)]
+    assert len(set(seeds)) == 60
+    # The first repeat is what a stream without repeats sees.
+    assert seeds[::3] == [plain.augmentation_seed(p, *plain.locate(p)) for p in range(20)]
+    assert seeds[::3] == [derive_seed(3, *plain.locate(p)) for p in range(20)]
+    assert [doubled.following(4, tries) for tries in range(8)] == [plain.locate((1 + t) % 8)[1] for t in range(8)]
+    with pytest.raises(ValueError, match="repeats is 0"):
+        Stream([1], 0, 1, repeats=0)
