@@ -9,6 +9,11 @@ VIDEO_EXTENSIONS: tuple[str, ...] = ("mp4", "webm", "mkv", "avi", "mov")
 
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = b"\x18\x53\x80\x67"
+_CLUSTER = b"\x1f\x43\xb6\x75"
+_IN_A_SEGMENT = "114d9b74 1549a966 1654ae6b 1c53bb6b 1941a469 1043a770 1254c367 1b538667"  # info, tracks, cues, tags, …
+_IN_A_CLUSTER = "e7 5854 a7 ab a3 a0 af"  # its time, silent tracks, position and size, blocks
+_ANYWHERE = "ec bf 1a45dfa3 18538067 1f43b675"  # void, checksum; header, segment, cluster
+_ELEMENTS = {bytes.fromhex(name) for name in f"{_IN_A_SEGMENT} {_IN_A_CLUSTER} {_ANYWHERE}".split(" ")}
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx", b"pnot", b"uuid", b"meta")
 
 
@@ -42,15 +47,23 @@ def _missing_of_boxes(data: bytes) -> str | None:
 
 
 def _missing_of_segment(data: bytes) -> str | None:
-    start = 4
-    size, start = _vint(data, start)
-    start += size
-    if data[start : start + 4] != _SEGMENT:
-        return None
-    length_bytes = 9 - data[start + 4].bit_length() if start + 4 < len(data) else 0
-    size, start = _vint(data, start + 4)
-    unknown = size == (1 << 7 * length_bytes) - 1  # a live recording
-    return None if unknown or start + size <= len(data) else _cut("its segment", start + size, len(data))
+    """Step from element to element; FFmpeg would search on behind a damaged one and leave out what was in it."""
+    start, known = 0, False
+    while start < len(data):
+        name = data[start : start + 5 - max(data[start].bit_length() - 4, 1)]
+        if name not in _ELEMENTS:
+            what = f"what begins at byte {start:,} of its {len(data):,} is no element of Matroska"
+            return f"it is damaged: {what}" if known else None
+        size, start = _vint(data, start + len(name))
+        if name in (_CLUSTER, _SEGMENT):  # what is in them comes next, whatever their size
+            known = True
+            if name == _SEGMENT and size is not None and start + size > len(data):
+                return _cut("its segment", start + size, len(data))
+        elif size is None:
+            return f"it is damaged: the element before byte {start:,} has no size"
+        else:
+            start += size
+    return None if start == len(data) else _cut("its last element", start, len(data))
 
 
 def _missing_of_chunks(data: bytes) -> str | None:
@@ -63,12 +76,13 @@ def _missing_of_chunks(data: bytes) -> str | None:
     return None
 
 
-def _vint(data: bytes, start: int) -> tuple[int, int]:
-    """Return the value of an EBML number of variable length at `start`, and where it ends."""
+def _vint(data: bytes, start: int) -> tuple[int | None, int]:
+    """Return the EBML size at `start` (None: unknown, as in a live recording), and where its bytes end."""
     first = data[start] if start < len(data) else 0
     length = 9 - first.bit_length()
-    value = int.from_bytes(data[start : start + length], "big") & ((1 << 7 * length) - 1)
-    return value, start + length
+    mask = (1 << 7 * length) - 1
+    value = int.from_bytes(data[start : start + length], "big") & mask
+    return None if value == mask or not first else value, start + length
 
 
 def _cut(what: str, end: int, length: int) -> str:

@@ -86,15 +86,20 @@ class Video:
         self._container = av.open(io.BytesIO(self._data), mode="r", options={"format_whitelist": _DEMUXERS})
         self._stream = _video_stream(self._container)
         self._context = self._stream.codec_context
+        if self._context is None:
+            raise DecodeError("its video stream is of a codec that FFmpeg does not know")
         self._context.thread_count = 1
         # A damaged slice is an error: FFmpeg would paint over it with its neighbourhood, and say so in a log.
         self._context.options = {"err_detect": "explode"}
         self._reformatter = VideoReformatter()
-        self._packets = [packet for packet in self._container.demux(self._stream) if packet.size]
+        packets = list(self._container.demux(self._stream))
+        self._packets = [packet for packet in packets if packet.size]
         if not self._packets:
             raise DecodeError("its video stream holds no frame")
         if any(packet.is_corrupt for packet in self._packets):
             raise DecodeError("it is truncated: a packet is shorter than the index says")
+        if self._container.format.name == "avi" and len(packets) - 1 < self._stream.frames:  # the last one says "end"
+            raise DecodeError(f"it is damaged: it lists {self._stream.frames} frames, {len(packets) - 1} are there")
         self._keys = [i for i, packet in enumerate(self._packets) if packet.is_keyframe] or [0]
         stamps = self._stamps()
         self._in_order = stamps is None
@@ -111,8 +116,11 @@ class Video:
     def _stamps(self) -> dict[int, int] | None:
         """Return presentation time → place in decoding order of the frames shown; None if they are not told apart.
 
-        Not shown: what an edit list cuts off, what comes before the first key frame, and VP8's hidden frames.
+        Not shown: what an edit list cuts off, what comes before the first key frame, and VP8's hidden frames. AVI
+        stores decoding times only, which are wrong for B-frames.
         """
+        if self._container.format.name == "avi":
+            return None
         stamps: dict[int, int] = {}
         is_vp8 = self._context.name.startswith(("vp8", "libvpx-vp8")) or self._context.name == "libvpx"
         begin = self._packets[self._keys[0]].pts
@@ -207,14 +215,20 @@ class Video:
             return
         for start, stop, group in self._spans(wanted):
             missing = {self._position[index] for index in group}
-            # Where decoding may begin is the container's word; at the very start there is nothing to believe.
-            for begin in (start, 0):
-                for frame in self._run(begin, stop, missing):
-                    index = self._index.get(-1 if frame.pts is None else frame.pts)
-                    if index is not None and self._position[index] in missing:
-                        missing = missing - {self._position[index]}
-                        yield index, self._whole(index, frame)
-                if not missing or start == 0:
+            for begin in dict.fromkeys((start, 0)):
+                try:
+                    for frame in self._run(begin, stop, missing):
+                        index = self._index.get(-1 if frame.pts is None else frame.pts)
+                        if index is not None and self._position[index] in missing:
+                            whole = self._whole(index, frame)
+                            missing = missing - {self._position[index]}
+                            yield index, whole
+                except DecodeError:
+                    # Behind the key frame of an open group, or in a stream refreshed bit by bit, a frame may need more
+                    # than its container says; from the very start it has all.
+                    if begin == 0:
+                        raise
+                if not missing:
                     break
             self._refuse(index for index in group if self._position[index] in missing)
 
@@ -286,9 +300,11 @@ class _errors_named:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, av.error.EOFError):
+            raise DecodeError(f"{self.what}: it ends before its first frame") from error
         if isinstance(error, av.error.FFmpegError) and not isinstance(error, MemoryError):
             raise DecodeError(f"{self.what}: {error.strerror or error}") from error
-        if isinstance(error, DecodeError | EOFError | ValueError):
+        if isinstance(error, DecodeError | ValueError):
             raise DecodeError(f"{self.what}: {error}") from error
 
 
@@ -297,8 +313,8 @@ def _video_stream(container: Any) -> VideoStream:
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
-        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-        raise DecodeError(f"it has no video stream, only {', '.join(kinds)}")
+        kinds = sorted({stream.type for stream in container.streams})
+        raise DecodeError(f"it has no video stream{', only ' if kinds else ''}{', '.join(kinds)}")
     return streams[0]
 
 
