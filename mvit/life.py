@@ -5,7 +5,8 @@ from typing import Literal, Protocol
 
 Phase = Literal["start", "data", "compute", "log", "evaluate", "save", "end"]
 """What a rank is doing: everything before the first step, waiting for a batch, the step itself, reporting, evaluating
-(a beat at every batch and reduction), saving at a stop or at the end, leaving."""
+(a beat at every batch and reduction), saving at a stop or at the end, leaving. The step that a beat names has begun in
+`data` and `compute` and is finished in the others."""
 
 
 class Superseded(RuntimeError):

@@ -103,7 +103,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, show_progress: bool, life: Life) -> None:
         self.config, self.run_dir, self.ranks, self.life = config, run_dir, ranks, life
-        self.step = 0
+        self.step = 0  # the last finished one
         life.beat(0, "start")
         self.life_log = LifeLog(life, active=ranks.is_main)
         self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
@@ -134,7 +134,8 @@ class _Run:
         began = time.perf_counter()
         restored = self.checkpoints.restore()
         self.life_log.restored(restored.step, time.perf_counter() - began)
-        self.first_step, self.logged_step = restored.step, restored.logged_step
+        self.step = self.first_step = restored.step
+        self.logged_step = restored.logged_step
         num_bytes = self.checkpoints.predicted_bytes(self.shapes)
         self.saving = SaveTiming(config, ranks, life, first_step=self.first_step, num_bytes=num_bytes)
         # of the steps after `logged_step`
@@ -203,6 +204,7 @@ class _Run:
             lr = self._lr_at(step)
             losses = self._compute(step, batches, observer)
             grad_norm = self.engine.update(lr)
+            self.step = step
             self.guard.watch(step, self.loss_sum, grad_norm)
             if observer is not None:
                 observer.updated(step, losses, grad_norm, lr, self.engine)
@@ -229,7 +231,6 @@ class _Run:
         self.engine.train()
         found = []
         for accumulation in range(self.batch.accumulation_steps):
-            self.step = step
             self.life.beat(step, "data")
             asked = time.perf_counter()
             batch = next(batches)

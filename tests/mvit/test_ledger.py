@@ -137,6 +137,26 @@ def test_steps_after_the_last_report_are_lost_too_where_their_number_is_known() 
     assert found.tail_s == pytest.approx(14, rel=0.01)
 
 
+def test_a_step_that_had_only_begun_counts_nowhere() -> None:
+    """An end names the last finished step: what came after it belongs to the tail, or to the start of a life."""
+    run = Simulation()
+    run.submit()
+    run.live(55)
+    run.end("killed", requeued=True, dying_s=20)
+    before = run.account()
+    run.events[-1]["step"] = 55  # it died in step 56
+    found = run.account()
+    assert (found.lives[0].last_step, found.lives[0].lost_steps) == (55, 5)
+    assert (found.lost_s, found.tail_s) == (before.lost_s, before.tail_s) == (10, 20)
+    run.live(0)
+    run.end("killed", dying_s=20)
+    run.events[-1]["step"] = 50  # it went on after 50 and died in 51
+    second = run.account().lives[1]
+    assert (second.first_step, second.lost_steps, second.lost_s) == (None, 0, 0)
+    assert second.start_s == pytest.approx(second.duration_s)
+    assert run.account().productive_s == found.productive_s
+
+
 def test_the_first_step_is_training_though_it_ends_the_start() -> None:
     run = Simulation(step_s=30.0)  # compiling, say
     run.submit()
