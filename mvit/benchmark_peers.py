@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mvit.variants import find_variant
+from mvit.variants import Variant, find_variant
 
 
 def published_classes(input_size: Sequence[int]) -> int:
@@ -19,14 +19,15 @@ def _timm_model(variant: str, input_size: tuple[int, ...]) -> nn.Module:
     return timm.create_model(variant, img_size=input_size)
 
 
-def _torchvision_model(variant: str, input_size: tuple[int, ...]) -> nn.Module:
+def torchvision_model(variant: str | Variant, input_size: tuple[int, ...]) -> nn.Module:
     """Build torchvision's MViTv2 in a variant's size; for small at 16x224x224 that is its `mvit_v2_s`.
 
     Without stochastic depth, as ours; its head's dropout is no matter.
     """
     from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-    row, (frames, *side) = find_variant(variant), input_size
+    row = find_variant(variant) if isinstance(variant, str) else variant
+    frames, *side = input_size
     settings: list[MSBlockConfig] = []
     width = row.embed_dim
     for stage, blocks in enumerate(row.depths):
@@ -60,4 +61,4 @@ class Peer:
     build: Callable[[str, tuple[int, ...]], nn.Module]
 
 
-PEERS: dict[str, Peer] = {"timm": Peer(2, _timm_model), "torchvision": Peer(3, _torchvision_model)}
+PEERS: dict[str, Peer] = {"timm": Peer(2, _timm_model), "torchvision": Peer(3, torchvision_model)}

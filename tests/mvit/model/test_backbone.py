@@ -63,9 +63,10 @@ def test_relative_positions_of_one_kind_have_only_their_tables() -> None:
 
 
 @pytest.mark.parametrize("stages", [ALL_STAGES, ("stage1", "stage3"), ()])
-def test_checkpointing_changes_no_bit_of_loss_or_gradients(stages: tuple[str, ...]) -> None:
-    model = small_model(drop_path=0.5, head_dropout=0.2, class_token=True).train()
-    images = torch.randn(4, 3, 64, 64)
+@pytest.mark.parametrize("size", [(64, 64), (8, 32, 32)])
+def test_checkpointing_changes_no_bit_of_loss_or_gradients(stages: tuple[str, ...], size: tuple[int, ...]) -> None:
+    model = small_model(drop_path=0.5, head_dropout=0.2, class_token=True, input_size=size).train()
+    images = torch.randn(4, 3, *size)
     loss, grads = loss_and_grads(model, images)
     model.set_activation_checkpointing(stages)
     loss_again, grads_again = loss_and_grads(model, images)

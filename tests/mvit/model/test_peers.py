@@ -5,6 +5,7 @@ video code does not (logits then differ by about 2); we follow the official code
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,57 @@ def test_clips_are_equal_to_torchvision() -> None:
     assert report.naming == "torchvision"
     assert report.resized == ()
     clips = torch.randn(1, 3, 16, 224, 224)
+    with torch.no_grad():
+        expected = peer(clips)
+        assert expected.std() > 0.1
+        assert (model(clips) - expected).abs().max() <= TOLERANCE
+
+
+def slowfasts_relative_positions(
+    attn: Tensor,
+    q: Tensor,
+    q_thw: tuple[int, int, int],
+    k_thw: tuple[int, int, int],
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    rel_pos_t: Tensor,
+) -> Tensor:
+    """Add the relative positions as SlowFast does: torchvision adds up distances in another order and so rounds 103
+    of the 780 pairs of 78 queries and 10 keys, video at 312 px, to other rows."""
+    per_axis: list[Tensor] = []
+    for table, queries, keys in zip((rel_pos_t, rel_pos_h, rel_pos_w), q_thw, k_thw, strict=True):
+        q_step, k_step = max(keys / queries, 1.0), max(queries / keys, 1.0)
+        distance = torch.arange(queries)[:, None] * q_step - torch.arange(keys)[None, :] * k_step
+        rows = 2 * max(queries, keys) - 1
+        if len(table) != rows:
+            table = nn.functional.interpolate(table.T[None], size=rows, mode="linear")[0].T
+        per_axis.append(table[(distance + (keys - 1) * k_step).long()])
+    maps = q[:, :, 1:].unflatten(2, q_thw)
+    terms = [torch.einsum(f"bnthwc,{axis}kc->bnthwk", maps, rows) for axis, rows in zip("thw", per_axis, strict=True)]
+    bias = terms[0][..., :, None, None] + terms[1][..., None, :, None] + terms[2][..., None, None, :]
+    attn[:, :, 1:, 1:] += bias.flatten(5).flatten(2, 4)
+    return attn
+
+
+@pytest.mark.parametrize("size", [(4, 312, 312), (6, 104, 104)])
+def test_clips_of_odd_grids_are_computed_as_published(size: tuple[int, int, int], monkeypatch: Any) -> None:
+    """312 px gives grids 78, 39, 20, 10 but tables for 19 and 9 (floor), interpolated at run time to 20 and 10.
+
+    An independent whole: torchvision's model, in which only the sum of distances is SlowFast's.
+    """
+    mvit = pytest.importorskip("torchvision.models.video.mvit")
+    from mvit.benchmark_peers import torchvision_model
+    from mvit.variants import Variant
+
+    monkeypatch.setattr(mvit, "_add_rel_pos", slowfasts_relative_positions)
+    variant = Variant("small_test", 24, (1, 2, 2, 2), 1)
+    peer = vary(torchvision_model(variant, size))
+    model = create_model(variant, 400, size).eval()
+    report = load_weights(model, torchvision_state(peer))
+    assert report.resized == ()
+    if size[1] == 312:
+        assert [len(block.attn.rel_pos_h) for block in model.blocks] == [155, 77, 77, 37, 37, 37, 17]
+    clips = torch.randn(1, 3, *size)
     with torch.no_grad():
         expected = peer(clips)
         assert expected.std() > 0.1
