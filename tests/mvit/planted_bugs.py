@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import data_pipeline.reads
 import mvit.engine
 import mvit.fragments
 import mvit.run_checkpoints
 import mvit.trainer
 from data_pipeline.loader import TrainLoader
-from data_pipeline.order import derive_seed
+from data_pipeline.order import Stream, derive_seed
 from mvit.engine import Engine
 from mvit.fragments import EMA, MASTER, MOMENTS, ZeroLayout
 from mvit.run_checkpoints import RunCheckpoints
 
 _REAL = {
+    "augmentation_seed": Stream.augmentation_seed,
     "start": TrainLoader.start,
     "loader": TrainLoader.__init__,
     "lr": mvit.trainer._Run._lr_at,
@@ -132,7 +132,10 @@ def weight_decay_copied(patch: pytest.MonkeyPatch) -> None:
 
 
 def augmentation_seeded_by_attempt(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(data_pipeline.reads, "derive_seed", lambda *parts: derive_seed(*parts, "attempt 2"))
+    def seed(self: Stream, position: int, epoch: int, sample_id: int) -> int:
+        return derive_seed(_REAL["augmentation_seed"](self, position, epoch, sample_id), "attempt 2")
+
+    patch.setattr(Stream, "augmentation_seed", seed)
 
 
 def step_seed_begins_again(patch: pytest.MonkeyPatch) -> None:
