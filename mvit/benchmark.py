@@ -141,7 +141,7 @@ def print_table(measurements: Sequence[Measurement], device: torch.device) -> No
         table.add_row(*shape, *numbers, *speedups, peak)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own: rich would fold every column
-        console = Console(width=150)
+        console = Console(width=170)
     console.print(table)
 
 
