@@ -28,6 +28,7 @@ from data_pipeline.video_container import VIDEO_EXTENSIONS, what_is_missing
 _DEMUXERS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"  # not playlists, which name other files, nor still pictures
 _SKIPS_UNREFERENCED = ("h264",)  # of others, HEVC's unreferenced frames may yet be used by a higher temporal layer
 _UPRIGHT = (1, 0, 0, 1)
+_MOST_PIXELS = 2 * 7680 * 4320  # of a frame; a few bytes can ask for gigabytes
 
 
 class DecoderMissingError(ValueError):
@@ -90,7 +91,7 @@ class Video:
             raise DecodeError("its video stream is of a codec that FFmpeg does not know")
         self._context.thread_count = 1
         # A damaged slice is an error: FFmpeg would paint over it with its neighbourhood, and say so in a log.
-        self._context.options = {"err_detect": "explode"}
+        self._context.options = {"err_detect": "explode", "max_pixels": str(_MOST_PIXELS)}
         self._reformatter = VideoReformatter()
         packets = list(self._container.demux(self._stream))
         self._packets = [packet for packet in packets if packet.size]
@@ -192,10 +193,37 @@ class Video:
             result[places[index]] = pixels
         return result
 
-    def _upright(self, frame: VideoFrame) -> np.ndarray:
+    def every_frame(self, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+        """Yield all frames in order, upright, scaled to `size` (H, W) if given; only one is in memory at a time.
+
+        Raises DecodeError at the first frame that cannot be decoded whole, or whose size is not the first one's.
+        """
+        for index, frame in self._checked():
+            with _errors_named(f"frame {index} at {self.times[index]:.3f} s"):
+                pixels = self._upright(frame, size)
+            yield pixels
+
+    def check(self) -> None:
+        """Decode every frame and keep none. Raises DecodeError as `every_frame` does."""
+        for index, frame in self._checked():
+            if index == 0:
+                with _errors_named("frame 0"):
+                    self._upright(frame)
+
+    def _checked(self) -> Iterator[tuple[int, VideoFrame]]:
+        first: tuple[int, int] | None = None
+        for index, frame in self._pictures(set(range(len(self.times)))):
+            size = frame.width, frame.height
+            first = first or size
+            if size != first:
+                raise DecodeError(f"frame {index}: the picture size changes from {first} to {size}")
+            yield index, frame
+
+    def _upright(self, frame: VideoFrame, size: tuple[int, int] | None = None) -> np.ndarray:
         """Return the pixels of a frame, turned and mirrored as its display matrix says: (H, W, 3) uint8."""
-        pixels: np.ndarray = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
         a, b, c, d = _orientation(frame)
+        height, width = (None, None) if size is None else size if a else size[::-1]
+        pixels = self._reformatter.reformat(frame, format="rgb24", width=width, height=height).to_ndarray()
         if a:
             return pixels[:: 1 if d > 0 else -1, :: 1 if a > 0 else -1]
         return pixels.swapaxes(0, 1)[:: 1 if b > 0 else -1, :: 1 if c > 0 else -1]
