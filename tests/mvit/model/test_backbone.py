@@ -143,9 +143,10 @@ def test_a_clip_for_an_image_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_whole_model_runs_in_one_precision(dtype: torch.dtype) -> None:
-    model = small_model(class_token=True, absolute_positions=True).eval()
-    images = torch.randn(2, 3, 48, 64)
+@pytest.mark.parametrize("size", [(48, 64), (6, 32, 48)])
+def test_the_whole_model_runs_in_one_precision(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    model = small_model(class_token=True, absolute_positions=True, input_size=(32,) * len(size)).eval()
+    images = torch.randn(2, 3, *size)
     expected = model(images)
     logits = model.to(dtype)(images.to(dtype))
     assert logits.dtype == dtype
@@ -153,17 +154,19 @@ def test_the_whole_model_runs_in_one_precision(dtype: torch.dtype) -> None:
     assert error < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_autocast_trains_with_float32_gradients() -> None:
-    model = small_model(drop_path=0.1).train()
+@pytest.mark.parametrize("size", [(64, 64), (4, 32, 32)])
+def test_autocast_trains_with_float32_gradients(size: tuple[int, ...]) -> None:
+    model = small_model(drop_path=0.1, input_size=size).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(torch.randn(2, 3, 64, 64)).float().square().sum()
+        loss = model(torch.randn(2, 3, *size)).float().square().sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_the_model_is_one_graph_for_torch_compile() -> None:
-    model = small_model(class_token=True).eval()
-    images = torch.randn(2, 3, 48, 64)
+@pytest.mark.parametrize("size", [(48, 64), (6, 32, 48)])
+def test_the_model_is_one_graph_for_torch_compile(size: tuple[int, ...]) -> None:
+    model = small_model(class_token=True, input_size=(32,) * len(size)).eval()
+    images = torch.randn(2, 3, *size)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert torch.allclose(compiled(images), model(images), atol=1e-6)
@@ -171,10 +174,11 @@ def test_the_model_is_one_graph_for_torch_compile() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["matmul", "fused"])
-def test_the_traced_training_step_gives_the_same_loss_and_gradients(form: str) -> None:
-    model = small_model(class_token=True, drop_path=0.3).train()
+@pytest.mark.parametrize("size", [(48, 64), (6, 32, 48)])
+def test_the_traced_training_step_gives_the_same_loss_and_gradients(form: str, size: tuple[int, ...]) -> None:
+    model = small_model(class_token=True, drop_path=0.3, input_size=(32,) * len(size)).train()
     model.set_attention_form(form)
-    images = torch.randn(2, 3, 48, 64)
+    images = torch.randn(2, 3, *size)
     loss, grads = loss_and_grads(model, images)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model.zero_grad()
