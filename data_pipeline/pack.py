@@ -1,25 +1,27 @@
 """Pack a labelled data set into WebDataset tar shards with indexes and a manifest; all appears at once, or nothing.
 
 A packed folder OUT/<split> holds shard-000000.tar … (members 000123.jpg, the source's bytes unchanged, and 000123.cls),
-a .idx beside each, sources.jsonl ([shard, key, source] per sample) and manifest.json, written last.
+a .idx beside each, sources.jsonl ([shard, key, source] per sample) and manifest.json, written last. How samples are
+read and checked is their kind's: pictures here, videos in data_pipeline.pack_video.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.decode import LABEL_EXTENSION, DecodeError, decode_rgb
+from data_pipeline.decode import LABEL_EXTENSION
 from data_pipeline.order import epoch_order
+from data_pipeline.pack_kinds import PICTURES, SampleKind
 from data_pipeline.shard_index import find_index, write_atomically
 from data_pipeline.shards import MANIFEST
-from data_pipeline.sources import Rejected, SourceData, SourceSample
+from data_pipeline.sources import Rejected, SourceData
 from data_pipeline.sources.digits import read_digits
 from data_pipeline.sources.imagefolder import read_imagefolder
 
@@ -42,9 +44,9 @@ class PackOptions:
     seed: int = 0
     """Seeds the order in which samples are written, so that each shard holds a mixture of classes."""
     workers: int = 0
-    """Threads that read and decode for checking; 0: one per CPU core."""
+    """Threads, for videos processes, that read and decode for checking; 0: one per CPU core."""
     strict: bool = False
-    """Stop at the first file that is no readable picture instead of leaving it out and listing it."""
+    """Stop at the first file that cannot be read as what it is instead of leaving it out and listing it."""
     overwrite: bool = False
     """Replace an existing packed output."""
 
@@ -64,6 +66,10 @@ class PackedSplit:
     """Classes that other splits have and this one does not."""
     quarantined: list[Rejected]
     """Files left out, with reasons; also in the manifest."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Sums of what was measured of each sample: seconds, and how many are short, for one; also in the manifest."""
+    notes: list[str] = field(default_factory=list)
+    """The same in words."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class PackReport:
             lines.append(
                 f"  {split.name}: {split.num_samples} samples in {split.num_shards} shard(s), {split.num_bytes:,} bytes"
             )
+            lines += [f"    {note}" for note in split.notes]
             if split.missing_classes:
                 lines.append(f"    no sample of: {', '.join(split.missing_classes)}")
             if split.quarantined:
@@ -128,17 +135,24 @@ def pack_digits(
     return pack(read_digits(), Path(output), options or PackOptions(max_samples=256), progress)
 
 
-def pack(data: SourceData, output: Path, options: PackOptions, progress: Progress | None = None) -> PackReport:
+def pack(
+    data: SourceData,
+    output: Path,
+    options: PackOptions,
+    progress: Progress | None = None,
+    kind: SampleKind = PICTURES,
+) -> PackReport:
     """Write every split of `data` under a temporary name, then rename the whole. Raises PackError."""
     _check_output(output, options)
     rejected = [bad for bads in data.rejected.values() for bad in bads]
     if options.strict and rejected:
         raise PackError(
-            f"{len(rejected)} file(s) are no pictures, the first: {rejected[0].source}: {rejected[0].reason}"
+            f"{len(rejected)} file(s) are no {kind.noun}s, the first: {rejected[0].source}: {rejected[0].reason}"
         )
     for name, samples in data.splits.items():
         if not samples:
-            raise PackError(f"Split {name} of {data.origin} has no picture.")
+            first = next((f", e.g. {bad.source}: {bad.reason}" for bad in data.rejected.get(name, [])), "")
+            raise PackError(f"Split {name} of {data.origin} has no {kind.noun}{first}.")
     output.parent.mkdir(parents=True, exist_ok=True)
     _check_space(data, output.parent)
     building = output.parent / f".{output.name}.packing-{os.getpid()}"
@@ -153,7 +167,9 @@ def pack(data: SourceData, output: Path, options: PackOptions, progress: Progres
             progress(done, total)
 
     try:
-        splits = [_write_split(building / name, output / name, name, data, options, one_more) for name in data.splits]
+        splits = [
+            _write_split(building / name, output / name, name, data, options, kind, one_more) for name in data.splits
+        ]
         _publish(building, output)
     except OSError as error:
         raise PackError(f"Packing into {output} failed, nothing was written there: {error}") from error
@@ -163,7 +179,13 @@ def pack(data: SourceData, output: Path, options: PackOptions, progress: Progres
 
 
 def _write_split(
-    folder: Path, final: Path, name: str, data: SourceData, options: PackOptions, one_more: Callable[[], None]
+    folder: Path,
+    final: Path,
+    name: str,
+    data: SourceData,
+    options: PackOptions,
+    kind: SampleKind,
+    one_more: Callable[[], None],
 ) -> PackedSplit:
     """Write one split's shards, indexes, list of sources and manifest."""
     from webdataset.writer import ShardWriter
@@ -171,26 +193,32 @@ def _write_split(
     folder.mkdir()
     quarantined = list(data.rejected.get(name, []))
     labels: Counter[int] = Counter()
+    measured: Counter[str] = Counter()
     traces: list[list[str]] = []
     samples = data.splits[name]
     order = epoch_order([len(samples)], options.seed, 0, 1)
     digits = max(6, len(str(len(samples))))
     pattern = str(folder).replace("%", "%%") + "/shard-%06d.tar"
     # Time 0 makes the shards' bytes a function of the source and the options.
-    with ShardWriter(pattern, options.max_samples, options.max_bytes, verbose=0, encoder=False, mtime=0) as writer:
-        for sample, content, problem in _read_and_check((samples[i] for i in order.tolist()), options.workers):
+    with (
+        tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder.parent) as scratch,
+        ShardWriter(pattern, options.max_samples, options.max_bytes, verbose=0, encoder=False, mtime=0) as writer,
+    ):
+        ordered = (samples[i] for i in order.tolist())
+        for sample, checked in kind.check(ordered, options.workers, Path(scratch)):
             one_more()
-            if problem:
+            if checked.problem:
                 if options.strict:
-                    raise PackError(f"{sample.source}: {problem}")
-                quarantined.append(Rejected(sample.source, problem))
+                    raise PackError(f"{sample.source}: {checked.problem}")
+                quarantined.append(Rejected(sample.source, checked.problem))
                 continue
             key = f"{len(traces):0{digits}d}"
-            writer.write({"__key__": key, sample.extension: content, LABEL_EXTENSION: str(sample.label).encode()})
+            writer.write({"__key__": key, **checked.members, LABEL_EXTENSION: str(sample.label).encode()})
             traces.append([os.path.basename(str(writer.fname)), key, sample.source])
             labels[sample.label] += 1
+            measured.update(checked.measured)
     if not traces:
-        raise PackError(f"Split {name}: none of {len(samples)} pictures can be decoded, e.g. {quarantined[-1]}")
+        raise PackError(f"Split {name}: none of {len(samples)} {kind.noun}s can be decoded, e.g. {quarantined[-1]}")
     shards = [_describe(tar) for tar in sorted(folder.glob("*.tar"))]
     lines = "".join(json.dumps(trace) + "\n" for trace in traces).encode()
     write_atomically(folder / SOURCES, lines)
@@ -208,35 +236,23 @@ def _write_split(
         "shards": shards,
         "sources": {"name": SOURCES, "sha256": hashlib.sha256(lines).hexdigest()},
         "quarantined": [asdict(bad) for bad in quarantined],
+        "measured": dict(measured),
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     missing = [class_name for class_name, number in counts.items() if number == 0]
     num_bytes = sum(shard["bytes"] for shard in shards)
-    return PackedSplit(name, str(final), len(traces), len(shards), num_bytes, counts, missing, quarantined)
-
-
-def _read_and_check(samples: Iterator[SourceSample], workers: int) -> Iterator[tuple[SourceSample, bytes, str | None]]:
-    """Yield (sample, bytes, None or what is wrong with it) in order; threads read and decode ahead."""
-    workers = workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[tuple[SourceSample, Future[tuple[bytes, str | None]]]] = deque()
-        for sample in samples:
-            ahead.append((sample, pool.submit(_checked, sample)))
-            if len(ahead) > 4 * workers:
-                first, result = ahead.popleft()
-                yield first, *result.result()
-        while ahead:
-            first, result = ahead.popleft()
-            yield first, *result.result()
-
-
-def _checked(sample: SourceSample) -> tuple[bytes, str | None]:
-    content = sample.read()
-    try:
-        decode_rgb(content)
-    except DecodeError as error:
-        return content, str(error)
-    return content, None
+    return PackedSplit(
+        name,
+        str(final),
+        len(traces),
+        len(shards),
+        num_bytes,
+        counts,
+        missing,
+        quarantined,
+        dict(measured),
+        kind.tell(measured),
+    )
 
 
 def _describe(tar: Path) -> dict[str, Any]:

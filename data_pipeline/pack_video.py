@@ -1,0 +1,140 @@
+"""Pack videos into shards: Kinetics and Something-Something v2, every video decoded whole, or encoded anew, on the way.
+
+A sample is 000123.mp4, 000123.cls and 000123.json, the facts that were measured (video_decode.VideoFacts).
+What is broken is left out and listed with the reason; nothing that a video does can end the packing.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from data_pipeline.pack import PackOptions, PackReport, Progress, pack
+from data_pipeline.pack_kinds import Checked, SampleKind
+from data_pipeline.sources import SourceSample
+from data_pipeline.sources.kinetics import read_kinetics
+from data_pipeline.sources.ssv2 import read_ssv2
+from data_pipeline.video_inspect import Encoding, Finding, Inspection, digest_of
+from data_pipeline.video_processes import inspect_all
+
+FACTS_EXTENSION = "json"
+
+Lists = Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class VideoPackOptions:
+    """How to treat videos while packing."""
+
+    encoding: Encoding | None = None
+    """Encode anew; None keeps the bytes."""
+    time_limit_s: float = 600
+    """A video that takes longer to decode, and to encode, is left out."""
+    span_s: float = 16 * 4 / 30
+    """Videos shorter than this are counted; the default is a clip of 16 frames, every 4th at 30 a second."""
+
+
+def pack_kinetics(
+    lists: Lists,
+    output: str | os.PathLike[str],
+    *,
+    videos: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    options: PackOptions | None = None,
+    video_options: VideoPackOptions | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Pack the videos of `lists` (`train=train.csv`, or the file alone) into OUTPUT/<split>.
+
+    A list has lines `path label`, or is Kinetics' own; files are below `videos`. `labels`: a file of class names.
+    Raises PackError, or VideoListError for what is no such list.
+    """
+    data = read_kinetics(lists, videos=_path(videos), labels=_path(labels))
+    kind = _videos(video_options or VideoPackOptions())
+    return pack(data, Path(output), options or PackOptions(), progress, kind)
+
+
+def pack_ssv2(
+    lists: Lists,
+    output: str | os.PathLike[str],
+    *,
+    videos: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    options: PackOptions | None = None,
+    video_options: VideoPackOptions | None = None,
+    progress: Progress | None = None,
+) -> PackReport:
+    """Pack the videos of `lists` (`train=train.json`, or the file alone) into OUTPUT/<split>.
+
+    A list is Something-Something's JSON, with labels.json beside it or named by `labels`, or has lines `path label`.
+    Raises PackError, or VideoListError for what is no such list.
+    """
+    data = read_ssv2(lists, videos=_path(videos), labels=_path(labels))
+    kind = _videos(video_options or VideoPackOptions())
+    return pack(data, Path(output), options or PackOptions(), progress, kind)
+
+
+def _path(given: str | os.PathLike[str] | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _videos(options: VideoPackOptions) -> SampleKind:
+    return SampleKind("video", partial(_check, options), partial(_tell, options))
+
+
+def _check(
+    options: VideoPackOptions, samples: Iterator[SourceSample], workers: int, scratch: Path
+) -> Iterator[tuple[SourceSample, Checked]]:
+    """Yield each sample in order with what came of it; processes decode ahead, and bytes stay in files meanwhile."""
+    given: deque[SourceSample] = deque()
+
+    def tasks() -> Iterator[Inspection]:
+        for number, sample in enumerate(samples):
+            given.append(sample)
+            out = None if options.encoding is None else str(scratch / f"{number}.mp4")
+            yield Inspection(str(sample.file), encoding=options.encoding, out=out)
+
+    for task, finding in inspect_all(tasks(), workers=workers, time_limit_s=options.time_limit_s):
+        sample = given.popleft()
+        yield sample, _checked(sample, task, finding, options)
+        if task.out is not None:
+            Path(task.out).unlink(missing_ok=True)
+
+
+def _checked(sample: SourceSample, task: Inspection, finding: Finding, options: VideoPackOptions) -> Checked:
+    if finding.problem or finding.facts is None or finding.original is None:
+        return Checked({}, finding.problem or "nothing was found out about it")
+    if task.out is None:
+        try:
+            content, extension = sample.read(), sample.extension
+        except OSError as error:
+            return Checked({}, f"it cannot be read: {error}")
+        if digest_of(content) != finding.digest:
+            return Checked({}, "it was changed while it was being packed")
+    else:
+        content, extension = Path(task.out).read_bytes(), "mp4"
+    measured = {
+        "seconds": finding.facts.duration_s,
+        "short": finding.facts.duration_s < options.span_s,
+        "variable_rate": finding.original.is_variable,
+        "rotated": finding.original.rotation != 0,
+        "encoded": task.out is not None,
+        "source_bytes": sample.size,
+    }
+    facts = json.dumps(asdict(finding.facts)).encode()
+    return Checked({extension: content, FACTS_EXTENSION: facts}, None, {k: float(v) for k, v in measured.items()})
+
+
+def _tell(options: VideoPackOptions, measured: Mapping[str, float]) -> list[str]:
+    hours, short = measured["seconds"] / 3600, measured["short"]
+    variable, rotated = measured["variable_rate"], measured["rotated"]
+    lines = [
+        f"{hours:.2f} hours; {short:.0f} shorter than {options.span_s:.2f} s, {variable:.0f} of variable rate, "
+        f"{rotated:.0f} rotated"
+    ]
+    if measured["encoded"]:
+        lines.append(f"encoded anew from {measured['source_bytes']:,.0f} bytes")
+    return lines
