@@ -63,7 +63,9 @@ def classify(run: RunFolder, attempt: int, exit_code: int | None) -> Ending:
     stopped = [record["ended"] for record in records if record.get("exit_code") == EXIT_STOPPED]
     failure = first_failure(run, attempt)
     # One that left this way knows that all have saved; what ends the others afterwards harms nothing.
-    if (exit_code == EXIT_STOPPED or stopped) and (asked or not _is_before(failure, min(stopped, default=None))):
+    if (exit_code == EXIT_STOPPED or stopped) and (
+        asked or not _is_before(failure, min(stopped, default=None), _MARGIN_S)
+    ):
         detail = "stopped by `mvit stop`" if asked else f"told to stop ({_signals_seen(records) or 'by signal'})"
         return Ending("user_stop" if asked else "signalled", f"{detail}, everything saved", step=_last_step(records))
     if exit_code == EXIT_FENCED:
@@ -82,7 +84,7 @@ def classify(run: RunFolder, attempt: int, exit_code: int | None) -> Ending:
         )
     if exit_code is not None and not terminated:
         return Ending("lost", f"exit code {exit_code}; no rank left a record of why", step=_last_step(records))
-    return _ended_by_slurm(run, attempt, records)
+    return _ended_by_slurm(run, attempt, records, exit_code)
 
 
 def _hang(run: RunFolder, attempt: int, records: Sequence[Mapping[str, Any]]) -> Ending | None:
@@ -97,7 +99,8 @@ def _hang(run: RunFolder, attempt: int, records: Sequence[Mapping[str, Any]]) ->
     suspects = [record for record in silent if record["rank"] not in waiting]
     first = min(suspects or silent, key=lambda record: (record["last_step"], record["last_beat"]))
     # A few that do something else than all the others are to blame; of many, or none, nobody can say.
-    blamed = (first["node"],) if 0 < len(suspects) <= max(1, len(silent) // 4) else ()
+    stands_apart = len(silent) > 1 and 0 < len(suspects) <= max(1, len(silent) // 4)
+    blamed = (first["node"],) if stands_apart else ()
     detail = (
         f"rank {first['rank']} on {first['node']} stood still in step {first['last_step']} ({first['last_phase']}) for "
         f"{marks[0]['age_s']:.0f} s, {len(waiting)} of {len(records)} ranks waited for others; {first.get('state', '')}"
@@ -135,7 +138,9 @@ def _failed(run: RunFolder, attempt: int, failure: Failure, records: Sequence[Ma
     return Ending("error", failure.headline, failure.rank, host, step, failure.headline)
 
 
-def _ended_by_slurm(run: RunFolder, attempt: int, records: Sequence[Mapping[str, Any]]) -> Ending:
+def _ended_by_slurm(
+    run: RunFolder, attempt: int, records: Sequence[Mapping[str, Any]], exit_code: int | None
+) -> Ending:
     """Tell a lost node from a preemption: on a node that lives, the guards were told by SIGTERM before the end."""
     hosts = _hosts(run, attempt)
     if not hosts:
@@ -144,7 +149,10 @@ def _ended_by_slurm(run: RunFolder, attempt: int, records: Sequence[Mapping[str,
     step = _last_step(records) or _progress(run, attempt)
     if not told:
         return Ending("lost", "ended without a record, and Slurm says that its nodes are up", step=step)
-    if silent := tuple(host for host in hosts if host not in told):
+    silent = tuple(host for host in hosts if host not in told)
+    if exit_code is not None:  # the batch script lives: a node may only have failed to write that it was told
+        silent = _nodes_gone(hosts, told)
+    if silent:
         return _lost_nodes(silent, records)
     return Ending("preempted", "ended by Slurm (preempted or requeued) before a save was complete", step=step)
 
@@ -180,7 +188,7 @@ def _signals_seen(records: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(sorted({signal["name"] for record in records for signal in record.get("signals", [])}))
 
 
-def _is_before(failure: Failure | None, when: float | None, margin_s: float = 0.0) -> bool:
+def _is_before(failure: Failure | None, when: float | None, margin_s: float) -> bool:
     """Say whether a rank failed before the life began to end for another reason; later failures follow from that."""
     return failure is not None and failure.time is not None and when is not None and failure.time < when - margin_s
 

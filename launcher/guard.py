@@ -24,6 +24,7 @@ from launcher.lives import close_attempt_if_over, is_alive_record
 from launcher.preemption import EXIT_FENCED, EXIT_HUNG, STOP_SIGNALS
 from launcher.processes import describe_state, identify, node_name
 from launcher.run_folder import RunFolder, rank_file, read_records, write_first, write_json
+from launcher.say import say
 from launcher.stacks import STACKS_FD, read_stacks
 from launcher.watchdog import RESERVE_S, AwakeClock, Stall, Watchdog
 
@@ -89,6 +90,7 @@ class _Watch:
         self._clock = AwakeClock(time.monotonic())
         self._has_begun = self._hangs_somewhere = False
         self._told: set[str] = set()
+        self._ended = 0.0
         self._reason: str | None = None
         self._deadline = float("inf")  # when the rank is killed
         self._next_look = time.monotonic()
@@ -128,11 +130,12 @@ class _Watch:
                 self._look(stall)
             if now > self._deadline:
                 os.kill(self._pid, signal.SIGKILL)
+        self._ended = time.time()  # now: what follows takes its time, and the order of the ranks' ends tells the first
 
     def record_end(self, code: int) -> None:
         """Write how the rank ended, and tell the other guards if it ended badly by itself."""
         self._record |= {
-            "ended": time.time(),
+            "ended": self._ended,
             "exit_code": code if code >= 0 else None,
             "signal": signal.Signals(-code).name if code < 0 else None,
             "ended_because": self._reason,
@@ -140,7 +143,7 @@ class _Watch:
         self._write()
         if (headline := describe_end(self._record)) is None:
             return
-        print(headline, file=sys.stderr, flush=True)
+        say(headline)
         if self._reason is None and code != EXIT_FENCED:
             mark = {"rank": self._guard.rank, "time": time.time()}
             self._try(lambda: write_first(self._guard.attempt_dir / "failed.json", mark), "the mark of this failure")
@@ -195,7 +198,7 @@ class _Watch:
         stacks = read_stacks(self._pid, self._stacks)
         file = rank_file(self._guard.attempt_dir, self._guard.rank, ".stacks.txt")
         if not self._try(lambda: file.write_text(stacks), "the stacks of its rank, which are below"):
-            print(stacks, file=sys.stderr, flush=True)
+            say(stacks)
         self._write()
         self.exit_code = EXIT_HUNG
         self._end_because("a rank hangs (hang.json)", 2 * self._guard.look_s + 1)
@@ -235,7 +238,7 @@ class _Watch:
         except OSError as error:
             if (told := f"the guard of rank {self._guard.rank} lacks {what}: {error}") not in self._told:
                 self._told.add(told)  # a look fails several times a second
-                print(told, file=sys.stderr, flush=True)
+                say(told)
             return False
 
 
@@ -243,7 +246,8 @@ def _prepare_rank() -> None:
     """Run between fork and exec in the rank: it dies with its guard, and ignores signals until it has handlers."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for the stacks, later
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for signum in STOP_SIGNALS:  # told again once it has handlers
+        signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
 
 

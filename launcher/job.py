@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -20,6 +21,7 @@ from launcher.lives import close_lost_attempts, record_end
 from launcher.preemption import EXIT_FAILED, EXIT_FENCED, EXIT_STOPPED, StopRequest
 from launcher.processes import identify, node_name
 from launcher.run_folder import RunFolder, rank_file, write_json
+from launcher.say import say
 from launcher.snapshot import verify_snapshot
 from launcher.stacks import register_dump
 from mvit.life import Superseded
@@ -103,14 +105,14 @@ class TrainJob:
             result = _train(run, attempt, stop, place.rank)
         except BaseException as error:  # leave a trace, then no atexit: NCCL or a data worker may hang there
             if owner_of(run.path) > attempt:  # whatever it is, it is of no interest any more
-                print(f"superseded by life {owner_of(run.path)}: {error}", file=sys.stderr, flush=True)
+                say(f"superseded by life {owner_of(run.path)}: {error}")
                 _leave_now(EXIT_FENCED)
             try:
                 record_error(attempt_dir, place.rank, error)
             finally:
                 _leave_now(EXIT_FAILED)
         if result.stopped:
-            print(f"stopped at step {result.step} of {result.total_steps} on request ({stop.cause})", flush=True)
+            say(f"stopped at step {result.step} of {result.total_steps} on request ({stop.cause})")
             _leave_now(EXIT_STOPPED)  # all is saved and closed; taking the interpreter apart costs grace time
         return {"step": result.step, "metrics": dict(result.metrics)}
 
@@ -192,7 +194,7 @@ def record_error(attempt_dir: Path, rank: int, error: BaseException, print_it: b
         },
     )
     if print_it:
-        print(text, file=sys.stderr, flush=True)
+        say(text)
 
 
 def _train(run: RunFolder, attempt: int, stop: StopRequest, rank: int) -> "TrainResult":
@@ -226,8 +228,7 @@ def _leave_group() -> None:
 def _redirect_output(log: Path) -> None:
     """Send this process's output, that of C libraries included, to the rank's own log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"output continues in {log}", flush=True)
-    sys.stderr.flush()
+    say(f"output continues in {log}")
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -294,6 +295,7 @@ def _num_gpus() -> int:
 
 
 def _leave_now(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -1,12 +1,12 @@
 """The life of a run as its ranks see it: signs of life to the guard, the claim, the ledger."""
 
-import sys
 import time
 from collections.abc import Mapping
 
 from launcher.claims import check_claim
 from launcher.heartbeat import own_heartbeat
 from launcher.run_folder import RunFolder
+from launcher.say import say
 from mvit.life import Phase
 
 
@@ -30,7 +30,7 @@ class RunLife:
         try:
             self._run.append_event(event, self._attempt, **facts)
         except OSError as error:  # a full disk: training is worth more than its ledger
-            print(f"the ledger lacks an event ({event}): {error}", file=sys.stderr, flush=True)
+            say(f"the ledger lacks an event ({event}): {error}")
 
     def goodput(self) -> Mapping[str, float]:
         """Return the account over all lives so far as TensorBoard shows it."""

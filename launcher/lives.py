@@ -7,6 +7,7 @@ from launcher.failure import describe_end
 from launcher.preemption import EXIT_STOPPED
 from launcher.processes import identity_from, is_alive
 from launcher.run_folder import RunFolder
+from launcher.say import say
 
 
 def is_alive_record(record: dict[str, Any]) -> bool:
@@ -18,16 +19,19 @@ def is_alive_record(record: dict[str, Any]) -> bool:
 def record_end(
     run: RunFolder, attempt: int, ending: Ending, *, requeued: bool, reason: str, exit_code: int | None = None
 ) -> None:
-    """Append the end of a life to the ledger."""
-    run.append_event(
-        "end",
-        attempt,
-        **ending.facts(),
-        reason=reason,
-        exit_code=exit_code,
-        requeued=requeued,
-        checkpoint_step=run.checkpoint_step(),
-    )
+    """Append the end of a life to the ledger; on a full disk say so instead: the next life closes this one."""
+    try:
+        run.append_event(
+            "end",
+            attempt,
+            **ending.facts(),
+            reason=reason,
+            exit_code=exit_code,
+            requeued=requeued,
+            checkpoint_step=run.checkpoint_step(),
+        )
+    except OSError as error:
+        say(f"the end of life {attempt} is not recorded: {error}")
 
 
 def close_attempt_if_over(run: RunFolder, attempt: int, world_size: int) -> None:
@@ -40,6 +44,9 @@ def close_attempt_if_over(run: RunFolder, attempt: int, world_size: int) -> None
     try:
         run.end_file(attempt).touch(exist_ok=False)
     except FileExistsError:
+        return
+    except OSError as error:
+        say(f"the end of life {attempt} is not recorded: {error}")
         return
     codes = [record.get("exit_code") for record in records]
     whole = next((code for code in (0, EXIT_STOPPED) if all(one == code for one in codes)), None)

@@ -9,8 +9,9 @@ from launcher.ending import Ending
 
 # Troubles of the surroundings, not of the code: they may pass, so that trying again is worth a budget's while.
 _PASSING = re.compile(
-    r"time[d ]*out|connection (refused|reset|closed|aborted)|unreachable|broken pipe|temporar|unavailable|"
-    r"no space left|quota|DistNetwork|DistStore|remote process",
+    r"\btime(d[- ]?)?out\b|TimeoutError|\bconnection (refused|reset|closed|aborted)|Connection\w*Error|\bunreachable\b|"
+    r"\bbroken pipe\b|\btemporar(y|ily) (failure|unavailable)|\bno space left\b|\bquota exceeded\b|DistNetworkError|"
+    r"DistStoreError|\bremote process",
     re.IGNORECASE,
 )
 CRASHES = ("error", "killed", "hung", "failed")  # "failed": of runs from before kinds were recorded
@@ -75,7 +76,10 @@ def decide(
 
 
 def _is_code(ending: Ending) -> bool:
-    return ending.kind == "error" and ending.error is not None and not _PASSING.search(ending.error)
+    if ending.kind != "error" or ending.error is None:
+        return False
+    name, _, rest = ending.error.partition(" at ")
+    return not _PASSING.search(f"{name}: {rest.partition(': ')[2]}")  # not the name of a file
 
 
 def _within(count: int, limit: int, what: str, key: str) -> Decision:

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from launcher.lives import record_end
 from launcher.policy import Budgets, Decision, decide, excluded
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder
+from launcher.say import say
 from launcher.slurm import expand_hostlist, read_slurm
 from launcher.submission_checks import nodes_that_fit
 
@@ -29,10 +30,7 @@ def after_life(run: RunFolder, attempt: int, exit_code: int, budgets: Budgets) -
     """Close an attempt in the batch script: classify its end, decide, and append both to attempts.jsonl."""
     ending, step_now = classify(run, attempt, exit_code), run.checkpoint_step()
     decision = decide(ending, run.events(), attempt, step_now, budgets)
-    try:
-        record_end(run, attempt, ending, requeued=decision.requeue, reason=decision.reason, exit_code=exit_code)
-    except OSError as error:  # a full disk must not keep the job from its next life, which closes this one
-        print(f"the end of life {attempt} is not recorded: {error}", file=sys.stderr, flush=True)
+    record_end(run, attempt, ending, requeued=decision.requeue, reason=decision.reason, exit_code=exit_code)
     return ending, decision
 
 
@@ -44,7 +42,12 @@ def requeue(run: RunFolder, attempt: int, job_id: str, cluster: ClusterConfig) -
     """
     nodes = _affordable(excluded(run.events(), time.time(), budgets_of(cluster)), cluster)
     before = [event["hosts"] for event in run.events() if event["event"] == "exclude"]
-    error = _scontrol("requeue", job_id, patience_s=_PATIENCE_S)
+    restarts = _fields(_ask(_show(job_id)).stdout).get("Restarts", "")
+
+    def is_requeued() -> bool:  # the controller did it, and its answer was lost
+        return _fields(_ask(_show(job_id)).stdout).get("Restarts", restarts) != restarts
+
+    error = _scontrol("requeue", job_id, patience_s=_PATIENCE_S, is_done=is_requeued)
     if error is not None:
         return error
     if nodes or (before and before[-1]):  # a job keeps its list over requeues: nodes whose time is over come off it
@@ -70,17 +73,17 @@ def _exclude(
     error = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={listed}", patience_s=_UPDATE_PATIENCE_S)
     why = {host: text for host, (_, text) in nodes.items()}
     told = f"left out: {listed or 'no node any more'} {why or ''}".rstrip()
-    print(told + (f"; Slurm refuses: {error}" if error else ""), flush=True)
+    say(told + (f"; Slurm refuses: {error}" if error else ""))
     until = max((until for until, _ in nodes.values()), default=None)
     try:
         run.append_event("exclude", attempt, hosts=sorted(nodes), until=until, why=why, error=error)
     except OSError as full:
-        print(f"the exclusion is not recorded: {full}", file=sys.stderr, flush=True)
+        say(f"the exclusion is not recorded: {full}")
 
 
 def _affordable(nodes: dict[str, tuple[float, str]], cluster: ClusterConfig) -> dict[str, tuple[float, str]]:
     """Drop the exclusions that end first until enough nodes that fit the job are left for it to start at all."""
-    facts = read_slurm() if nodes else None
+    facts = read_slurm(accounting=False) if nodes else None
     if facts is None:
         return nodes
     placement, partition = place(cluster), os.environ.get("SLURM_JOB_PARTITION", "")
@@ -89,17 +92,25 @@ def _affordable(nodes: dict[str, tuple[float, str]], cluster: ClusterConfig) -> 
     usable, kept = {node.name for node in fit if node.is_usable}, dict(nodes)
     while kept and len(usable - set(kept)) < placement.nodes:
         spared = min(kept, key=lambda host: kept[host][0])
-        print(f"{spared} is not left out, though blamed ({kept[spared][1]}): too few nodes would remain", flush=True)
+        say(f"{spared} is not left out, though blamed ({kept[spared][1]}): too few nodes would remain")
         del kept[spared]
     return kept
 
 
 def job_facts(job_id: str) -> dict[str, str]:
     """Return what Slurm says of a job; raises OSError if it does not answer for minutes."""
-    shown = _ask_patiently(["scontrol", "-o", "show", "job", job_id], _PATIENCE_S)
+    shown = _ask_patiently(_show(job_id), _PATIENCE_S)
     if shown.returncode != 0:
         raise OSError(f"scontrol show job {job_id}: {shown.stderr.strip()}")
-    return {key: value for key, _, value in (word.partition("=") for word in shown.stdout.split())}
+    return _fields(shown.stdout)
+
+
+def _show(job_id: str) -> list[str]:
+    return ["scontrol", "-o", "show", "job", job_id]
+
+
+def _fields(shown: str) -> dict[str, str]:
+    return {key: value for key, _, value in (word.partition("=") for word in shown.split())}
 
 
 def is_orphan(facts: Mapping[str, str], restart_count: int) -> bool:
@@ -127,33 +138,34 @@ def record_cancel(run: RunFolder, attempt: int, exit_code: int) -> None:
     record_end(run, attempt, ending, requeued=False, reason="somebody cancelled the job", exit_code=exit_code)
 
 
-def _scontrol(*arguments: str, patience_s: float) -> str | None:
-    """Let Slurm do something and return its complaint, None when it is done."""
-    done = _ask_patiently(["scontrol", *arguments], patience_s)
+def _scontrol(*arguments: str, patience_s: float, is_done: Callable[[], bool] = lambda: False) -> str | None:
+    """Let Slurm do something and return its complaint, None when it is done; `is_done`: though its answer was lost."""
+    done = _ask_patiently(["scontrol", *arguments], patience_s, is_done)
     return None if done.returncode == 0 else f"scontrol {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}"
 
 
-def _ask_patiently(command: list[str], patience_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's, again while its controller does not answer: a restart of it must not cost a run.
-
-    A requeue whose answer was lost is not asked for twice: it ends this script.
-    """
+def _ask_patiently(
+    command: list[str], patience_s: float, is_done: Callable[[], bool] = lambda: False
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's, again while its controller does not answer: a restart of it must not cost a run."""
     deadline, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
     while True:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            done = subprocess.CompletedProcess(command, 1, "", str(error))
+        done = _ask(command)
         passing = done.returncode != 0 and not _FINAL.search(done.stderr + done.stdout)
         if not passing or time.monotonic() + pause_s > deadline:
             return done
-        print(
-            f"Slurm does not answer, trying again in {pause_s:.0f} s: {done.stderr.strip()}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"Slurm does not answer, trying again in {pause_s:.0f} s: {done.stderr.strip()}")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        if is_done():
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+
+def _ask(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -167,22 +179,22 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         reason = f"Slurm's controller did not answer ({error}): continue with `mvit resume {run.path}`"
         record_end(run, attempt, classify(run, attempt, exit_code), requeued=False, reason=reason, exit_code=exit_code)
-        print(reason, file=sys.stderr, flush=True)
+        say(reason)
         return 0
     if is_orphan(facts, restart_count):
-        print(f"Slurm has requeued the job already: life {restart_count} of it neither requeues nor records anything")
+        say(f"Slurm has requeued the job already: life {restart_count} of it neither requeues nor records anything")
         return 0
     if is_cancelled(facts):
         record_cancel(run, attempt, exit_code)
-        print("cancelled in Slurm: no requeue", flush=True)
+        say("cancelled in Slurm: no requeue")
         return 0
     ending, decision = after_life(run, attempt, exit_code, budgets_of(cluster))
     verdict = "requeue" if decision.requeue else "no requeue"
-    print(f"{ending.kind}: {ending.detail}; {verdict}: {decision.reason}", flush=True)
+    say(f"{ending.kind}: {ending.detail}; {verdict}: {decision.reason}")
     if decision.requeue and (error := requeue(run, attempt, job_id, cluster)) is not None:
         reason = f"the requeue was refused ({error}): continue with `mvit resume {run.path}`"
         record_end(run, attempt, ending, requeued=False, reason=reason, exit_code=exit_code)
-        print(reason, file=sys.stderr, flush=True)
+        say(reason)
     return 0
 
 

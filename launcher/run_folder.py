@@ -1,5 +1,6 @@
 """The run folder: where everything about one run lies, whose it is, and its append-only record of attempts."""
 
+import errno
 import json
 import os
 import socket
@@ -220,7 +221,8 @@ def append_json_line(path: Path, record: Mapping[str, object]) -> None:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a writer was killed within its line
             line = b"\n" + line
-        os.write(descriptor, line)
+        if (written := os.write(descriptor, line)) < len(line):
+            raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes were written to {path}")
     finally:
         os.close(descriptor)
 

@@ -95,8 +95,8 @@ class SlurmFacts:
         return [node for node in self.nodes if partition in node.partitions]
 
 
-def read_slurm() -> SlurmFacts | None:
-    """Ask Slurm about itself; None if it does not answer here."""
+def read_slurm(accounting: bool = True) -> SlurmFacts | None:
+    """Ask Slurm about itself, and its database unless told not to; None if it does not answer here."""
     config = _ask("scontrol", "show", "config")
     if config is None:  # the others would wait for nothing, too
         return None
@@ -105,7 +105,7 @@ def read_slurm() -> SlurmFacts | None:
     if partitions is None or nodes is None:
         return None
     settings = parse_settings(config)
-    off = settings.get("AccountingStorageType", "accounting_storage/none").endswith("/none")
+    off = not accounting or settings.get("AccountingStorageType", "accounting_storage/none").endswith("/none")
     return SlurmFacts(settings, parse_partitions(partitions), parse_nodes(nodes), None if off else _read_accounting())
 
 

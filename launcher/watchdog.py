@@ -9,6 +9,7 @@ LEAST_LIMIT_S = 120.0
 RESERVE_S = 15.0  # of the limit: for dumping the stacks of all ranks, ending them and requeueing
 _STEPPING = ("data", "compute", "log", "evaluate")
 _NUM_KEPT = 1000
+_SHORTEST_LIMIT_S = 60.0
 _LONGEST_GAP_S = 1.0
 
 
@@ -75,7 +76,8 @@ class Watchdog:
         """The longest silence allowed while stepping."""
         if self.hang_timeout_s is not None:
             return self.hang_timeout_s
-        return max(2 * self.p99_s, LEAST_LIMIT_S) - self.reserve_s
+        limit_s = max(2 * self.p99_s, LEAST_LIMIT_S) - self.reserve_s
+        return max(limit_s, 1.5 * self.p99_s, _SHORTEST_LIMIT_S)  # where ending thousands of ranks takes longer
 
     @property
     def p99_s(self) -> float:
@@ -93,6 +95,7 @@ class Watchdog:
         if beat.phase not in ("data", "compute"):
             if beat.phase in ("evaluate", "save"):
                 self._last = None  # the step after it began earlier
+                self._has_evaluated |= self._is_evaluating and beat.phase == "save"
                 self._is_evaluating = beat.phase == "evaluate"
             return
         self._has_evaluated |= self._is_evaluating

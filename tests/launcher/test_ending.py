@@ -79,14 +79,19 @@ def test_a_stop_is_whole_though_a_rank_was_killed_while_it_left(run: RunFolder) 
 
 
 def test_a_rank_that_failed_before_others_were_told_to_stop_is_the_cause(run: RunFolder) -> None:
-    """After a rank's death srun tells the others to end, and a rank that is alone with itself may save and leave."""
     _rank(run, 1, **_ended(None, 9.0, "SIGKILL"))
     for rank in (0, 2, 3):
-        _rank(run, rank, **_terminated(9.2), **_ended(EXIT_STOPPED, 9.4))
+        _rank(run, rank, **_terminated(12.0), **_ended(EXIT_STOPPED, 12.5))
     assert (classify(run, 1, 137).kind, classify(run, 1, 137).rank) == ("killed", 1)
     _rank(run, 1, **_ended(EXIT_FAILED, 9.0))
     _error(run, 1, 8.9, "bad sample")
     assert classify(run, 1, EXIT_FAILED).kind == "error"
+
+
+def test_what_a_saved_stop_brings_about_on_a_node_whose_clock_is_behind_is_no_cause(run: RunFolder) -> None:
+    _rank(run, 0, **_ended(EXIT_STOPPED, 9.0))
+    _rank(run, 3, **_ended(None, 8.7, "SIGABRT"))
+    assert (classify(run, 1, 134).kind, classify(run, 1, 134).blamed) == ("signalled", ())
 
 
 def test_ranks_whose_command_is_not_there_are_no_fault_of_a_node(run: RunFolder) -> None:
@@ -187,6 +192,11 @@ def test_where_devices_wait_the_rank_that_stands_elsewhere_is_blamed(run: RunFol
     assert (classify(run, 1, EXIT_HUNG).rank, classify(run, 1, EXIT_HUNG).blamed) == (1, ("n1",))
 
 
+def test_a_rank_that_is_alone_stands_apart_from_nobody(run: RunFolder) -> None:
+    _hung(run, 0, SYNCHRONIZING)
+    assert (classify(run, 1, EXIT_HUNG).kind, classify(run, 1, EXIT_HUNG).blamed) == ("hung", ())
+
+
 def test_where_all_stand_at_the_same_place_no_node_is_blamed(run: RunFolder) -> None:
     """A kernel that waits looks like one that hangs: a guess would exclude good nodes."""
     for rank in range(4):
@@ -215,6 +225,18 @@ def test_a_node_that_slurm_says_is_down_was_lost_though_a_watchdog_saw_the_silen
     write_json(run.attempt_dir(1) / "hang.json", {"rank": 0, "node": "n1", "age_s": 20.3, "time": 79.0})
     found = classify(run, 1, None)
     assert (found.kind, found.blamed) == ("node", ("n2",))
+
+
+def test_a_node_that_could_not_write_what_it_was_told_is_not_lost_while_the_batch_script_lives(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (0, 1):
+        _rank(run, rank, **_terminated(20.0))
+    for rank in (2, 3):
+        _rank(run, rank)
+    assert (classify(run, 1, 137).kind, classify(run, 1, 137).blamed) == ("preempted", ())
+    _cluster(monkeypatch, n2="DOWN")
+    assert (classify(run, 1, 137).kind, classify(run, 1, 137).blamed) == ("node", ("n2",))
 
 
 def test_a_failure_before_slurm_ended_the_life_is_the_cause(run: RunFolder) -> None:

@@ -23,7 +23,7 @@ from launcher.heartbeat import own_heartbeat
 from launcher.stacks import register_dump
 heartbeat, asked = own_heartbeat(), []
 def begin():
-    signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
+    for signum in (signal.SIGUSR2, signal.SIGTERM): signal.signal(signum, lambda *_: asked.append(1))
     register_dump()
     heartbeat.beat(0, "start")
 """
@@ -50,14 +50,14 @@ def _fill(folder: Path) -> None:
     assert shutil.disk_usage(folder).free == 0
 
 
-def _guard(run_dir: Path, body: str, hang_s: int = 0) -> subprocess.Popen[str]:
-    """Start a guard whose rank runs START and `body`."""
+def _guard(run_dir: Path, body: str, hang_s: int = 0, log: Path | None = None) -> subprocess.Popen[str]:
+    """Start a guard whose rank runs START and `body`; what it says comes through a pipe, or goes to a file."""
     place = {"SUBMITIT_LOCAL_GLOBALID": "0", "SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_JOB_ID": str(os.getpid())}
     guard = [sys.executable, "-m", "launcher.guard", str(run_dir), "1", str(hang_s), "60"]
     return subprocess.Popen(
         [*guard, sys.executable, "-c", START + body],
         env=os.environ | place | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
+        stderr=subprocess.PIPE if log is None else os.open(log, os.O_WRONLY | os.O_CREAT),
         text=True,
     )
 
@@ -73,11 +73,14 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_stop_signal_before_the_rank_has_handlers_reaches_it_once_it_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_stop_signal_before_the_rank_has_handlers_reaches_it_once_it_has(
+    tmp_path: Path, signum: signal.Signals
+) -> None:
     ready = tmp_path / "ready"
     body = f"""
 open({str(ready)!r}, "w").close()
-time.sleep(1.5)  # importing: USR2 is ignored
+time.sleep(1.5)  # importing: stop signals are ignored
 begin()
 end = time.monotonic() + 10
 while not asked and time.monotonic() < end: time.sleep(0.05)
@@ -85,10 +88,10 @@ sys.exit({EXIT_STOPPED} if asked else 3)
 """
     guard = _guard(tmp_path / "run", body)
     _wait_for(ready)
-    guard.send_signal(signal.SIGUSR2)
+    guard.send_signal(signum)
     assert (guard.wait(timeout=30), guard.communicate()[1]) == (EXIT_STOPPED, "")
     record = _record(tmp_path / "run")
-    assert [sent["name"] for sent in record["signals"]] == ["SIGUSR2"]  # pyright: ignore
+    assert [sent["name"] for sent in record["signals"]] == [signum.name]  # pyright: ignore
 
 
 STEPS = """
@@ -146,3 +149,13 @@ def test_a_full_disk_costs_a_rank_neither_its_life_nor_its_exit_code(full_disk: 
     assert guard.returncode == 86
     assert "lacks its record: [Errno 28]" in told
     assert "lacks the mark of this failure: [Errno 28]" in told
+
+
+def test_a_guard_whose_own_log_is_on_the_full_disk_lives_on(full_disk: Path) -> None:
+    ready = full_disk.parent / "ready"
+    body = f"begin(); open({str(ready)!r}, 'w').close(); time.sleep(2); sys.exit(86)"
+    guard = _guard(full_disk / "run", body, log=full_disk / "log")
+    _wait_for(ready)
+    _fill(full_disk)
+    guard.send_signal(signal.SIGUSR2)  # its record cannot be written, and that cannot be told
+    assert guard.wait(timeout=30) == 86

@@ -100,6 +100,12 @@ def test_troubles_of_the_surroundings_have_the_crash_budget_though_they_repeat(e
     assert _decide(Ending("error", "", error=error), history, 10).requeue
 
 
+@pytest.mark.parametrize("error", ["KeyError at timeouts.py:3:f: 'x'", "ValueError at f.py:1:g: a temporary shape"])
+def test_words_that_only_look_like_such_troubles_do_not_save_a_bug(error: str) -> None:
+    history = _history(("error", 10, {"error": error, "step": 12}), ("", 10, {}))
+    assert not _decide(Ending("error", "", error=error, step=12), history, 10).requeue
+
+
 def test_an_error_that_repeats_before_the_first_step_stops_at_once() -> None:
     history = _history(("error", 0, {"error": "ImportError at f: no module"}), ("", 0, {}))
     again = _decide(Ending("error", "", error="ImportError at f: no module"), history, 0)

@@ -1,12 +1,15 @@
 """What follows a life of a batch job: requeue or end, by exit code, progress and who asked."""
 
+import errno
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher import requeue as script
+from launcher import run_folder
 from launcher.cluster import ClusterConfig
 from launcher.policy import Budgets
 from launcher.preemption import EXIT_FAILED, EXIT_STOPPED
@@ -113,6 +116,15 @@ def _scontrol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str) -> Pat
     return calls
 
 
+def _orders(calls: Path) -> list[str]:
+    """Return what scontrol was told to do, without the questions."""
+    return [line for line in calls.read_text().splitlines() if "show" not in line]
+
+
+def _no_space(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def _cluster(**settings: object) -> ClusterConfig:
     given = {"executor": "slurm", "nodes": 2, "ranks_per_node": 2, "timeout_min": 60}
     return ClusterConfig.model_validate(given | settings)
@@ -131,7 +143,7 @@ def _nodes(monkeypatch: pytest.MonkeyPatch, *names: str, **odd: Node) -> None:
     like = Node("", ("low",), ("IDLE",), 8, 64000, 0, ("fast",), "")
     nodes = tuple(replace(odd.get(name, like), name=name) for name in names)
     low = Partition("low", True, "UP", None, None, None, None, 0, "OFF", "")
-    monkeypatch.setattr(script, "read_slurm", lambda: SlurmFacts({}, (low,), nodes, None))
+    monkeypatch.setattr(script, "read_slurm", lambda accounting: SlurmFacts({}, (low,), nodes, None))
     monkeypatch.setattr(script, "expand_hostlist", lambda text: tuple(text.split(",")))
     monkeypatch.setenv("SLURM_JOB_PARTITION", "low")
 
@@ -154,7 +166,7 @@ def test_nodes_blamed_twice_are_left_out_as_far_as_enough_remain(
     calls = _scontrol(monkeypatch, tmp_path, "")
     _nodes(monkeypatch, *names)
     assert requeue(run, 4, "7", _cluster(exclude="bad9")) is None
-    assert calls.read_text().splitlines() == ["requeue 7", f"update JobId=7 ExcNodeList=bad9,{expected}"]
+    assert _orders(calls) == ["requeue 7", f"update JobId=7 ExcNodeList=bad9,{expected}"]
     event = run.events()[-1]
     assert (event["event"], ",".join(event["hosts"])) == ("exclude", expected)
     assert event["why"]["n2"] == "life 3: hung; life 4: hung"
@@ -190,23 +202,59 @@ def test_a_node_whose_exclusion_is_over_comes_off_the_jobs_list(
     calls = _scontrol(monkeypatch, tmp_path, "")
     _nodes(monkeypatch, "n1", "n2")
     assert requeue(run, 3, "7", _cluster()) is None
-    assert calls.read_text().splitlines() == ["requeue 7", "update JobId=7 ExcNodeList="]
+    assert _orders(calls) == ["requeue 7", "update JobId=7 ExcNodeList="]
     assert requeue(run, 4, "7", _cluster()) is None
-    assert calls.read_text().splitlines()[2:] == ["requeue 7"], "nothing is left to take off"
+    assert _orders(calls)[2:] == ["requeue 7"], "nothing is left to take off"
 
 
 def test_a_requeue_that_slurm_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _scontrol(monkeypatch, tmp_path, "echo 'Access/permission denied' >&2; exit 1")
     assert requeue(_run(tmp_path), 1, "7", _cluster()) == "scontrol requeue 7: Access/permission denied"
-    assert len(calls.read_text().splitlines()) == 1, "what is refused is not asked for again"
+    assert _orders(calls) == ["requeue 7"], "what is refused is not asked for again"
 
 
 def test_a_controller_that_restarts_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    away = f"[ $(wc -l < {tmp_path}/calls) -ge 3 ] || {{ echo 'Unable to contact slurm controller' >&2; exit 1; }}"
+    away = f"[ $(wc -l < {tmp_path}/calls) -ge 5 ] || {{ echo 'Unable to contact slurm controller' >&2; exit 1; }}"
     calls = _scontrol(monkeypatch, tmp_path, away)
     monkeypatch.setattr(script, "_FIRST_PAUSE_S", 0.01)
     assert requeue(_run(tmp_path), 1, "7", _cluster()) is None
-    assert calls.read_text().splitlines() == ["requeue 7"] * 3
+    assert _orders(calls) == ["requeue 7"] * 3
+
+
+def test_a_requeue_whose_answer_was_lost_is_not_asked_for_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = f"""case "$1" in
+requeue) touch {tmp_path}/done; echo 'Socket timed out on send/recv operation' >&2; exit 1;;
+-o) [ -e {tmp_path}/done ] && echo Restarts=1 || echo Restarts=0;;
+esac"""
+    calls = _scontrol(monkeypatch, tmp_path, answer)
+    monkeypatch.setattr(script, "_FIRST_PAUSE_S", 0.01)
+    assert requeue(_run(tmp_path), 1, "7", _cluster()) is None
+    assert _orders(calls) == ["requeue 7"]
+
+
+def test_a_run_is_requeued_though_nothing_can_be_written_not_even_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the run folder and the job's output on the same full disk."""
+    run = _run(tmp_path)
+    run.append_event("start", 1, executor="slurm", job_id="7", world_size=2, checkpoint_step=0)
+    calls = _scontrol(monkeypatch, tmp_path, "echo JobState=COMPLETING Reason=NonZeroExitCode Restarts=0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(run_folder.os, "write", _no_space)
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115  (closing it fails, too)
+    monkeypatch.setattr("sys.stderr", full)
+    monkeypatch.setattr("sys.stdout", full)
+    try:
+        code = main([str(run.path), "1", _cluster().model_dump_json(exclude_defaults=True), "137"])
+    finally:
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+    assert code == 0
+    assert _orders(calls) == ["requeue 7"]
 
 
 def test_a_controller_that_stays_away_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

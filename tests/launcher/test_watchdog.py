@@ -34,6 +34,13 @@ def test_where_many_ranks_take_long_to_be_ended_the_limit_is_shorter_by_that() -
     assert watchdog.look(Beat(50, "compute", last), last + 86) is not None
 
 
+def test_however_many_ranks_there_are_no_healthy_step_hangs() -> None:
+    quick, slow = Watchdog(None, 1800, reserve_s=200), Watchdog(None, 1800, reserve_s=200)
+    _stepping(quick, 50, 1.0)
+    _stepping(slow, 50, 100.0)
+    assert (quick.limit_s, slow.limit_s) == (60, 150)
+
+
 def test_slow_steps_are_given_twice_their_time() -> None:
     watchdog = Watchdog(None, 1800)
     last = _stepping(watchdog, 20, 100.0)
@@ -79,6 +86,14 @@ def test_the_first_evaluation_compiles_and_starts_workers_and_may_take_longer() 
     assert _limit_of("evaluate", watchdog, begins + 4) == 301
     watchdog.look(Beat(6, "compute", 999.0), 999.0)
     assert _limit_of("evaluate", watchdog, 1000.0) == 21, "all is warm the second time"
+
+
+def test_an_evaluation_that_a_save_follows_was_the_first_one() -> None:
+    watchdog = Watchdog(20, 300)
+    begins = 1 + _stepping(watchdog, 5, 1.0)
+    for seconds, phase in enumerate(("evaluate", "save", "data")):
+        watchdog.look(Beat(5, phase, begins + seconds), begins + seconds)  # pyright: ignore[reportArgumentType]
+    assert _limit_of("evaluate", watchdog, begins + 10) == 21
 
 
 def test_the_first_step_compiles_and_counts_as_the_start() -> None:

@@ -87,11 +87,7 @@ def train(
         key: os.environ.get(key)
         for key in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
     }
-    workers = [
-        multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)) for _ in range(config.num_workers)
-    ]
-    for worker in workers:
-        worker.start()
+    workers = _start_workers(config.num_workers)
     facts |= {"pid": os.getpid(), "workers": [worker.pid for worker in workers], "code": CODE, "file": __file__}
     facts |= {"cwd": os.getcwd(), "weights": config.weights}
     if config.weights is not None:
@@ -110,7 +106,7 @@ def train(
         time.sleep(config.step_s)
         if step == config.raise_at and rank == config.raise_on_rank:
             raise ArithmeticError(f"the fault at step {step}")
-        stop = stop_requested()
+        stop = _all_stop(run_dir, facts, stop_requested(), world_size)
         if rank == 0:
             record = {"kind": "train", "step": step, "total_steps": config.steps, "time": time.time()}
             _append(
@@ -125,6 +121,7 @@ def train(
         if rank == 0:
             record = {"kind": "evaluate", "step": step, "time": time.time(), "top1": 0.75}
             _append(run_dir / "metrics.jsonl", record)
+    _leave_together(run_dir, facts, rank, world_size)
     for worker in workers:
         worker.terminate()
     return TrainResult(step, config.steps, stopped=step < config.steps, metrics={"top1": 0.75})
@@ -154,6 +151,29 @@ def _has_arrived(path: Path, facts: dict) -> bool:
     """Tell whether a peer has come to the same rendezvous, as `init_process_group` would wait for."""
     lines = path.read_text().splitlines() if path.exists() else []
     return bool(lines) and json.loads(lines[-1])["MASTER_PORT"] == facts["MASTER_PORT"]
+
+
+def _all_stop(run_dir: Path, facts: dict, asked: bool, world_size: int) -> bool:
+    """Stop if any rank is asked to, as the ranks agree to do."""
+    mark = run_dir / f".stop_{facts['MASTER_PORT']}"
+    if asked:
+        mark.touch()
+    return asked or (world_size > 1 and mark.exists())
+
+
+def _leave_together(run_dir: Path, facts: dict, rank: int, world_size: int) -> None:
+    """Wait for all ranks, as the last save does: alone, none leaves as if all were saved."""
+    marks = [run_dir / f".left_{facts['MASTER_PORT']}_{peer}" for peer in range(world_size)]
+    marks[rank].touch()
+    while not all(mark.exists() for mark in marks):
+        time.sleep(0.01)
+
+
+def _start_workers(number: int) -> list[Any]:
+    workers = [multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)) for _ in range(number)]
+    for worker in workers:
+        worker.start()
+    return workers
 
 
 def _append(path: Path, record: dict) -> None:
