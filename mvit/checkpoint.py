@@ -295,9 +295,9 @@ def check_tiling(files: Sequence[Mapping[str, Any]], shapes: Mapping[str, Sequen
             raise CheckpointError(f"{name}: {position} of {numel} elements are stored")
 
 
-def predicted_bytes(num_parameters: int, *, ema: bool) -> int:
+def predicted_bytes(num_parameters: int, *, ema: bool, num_moments: int = 2) -> int:
     """Return the size of one checkpoint over all ranks."""
-    return num_parameters * 4 * (4 if ema else 3)
+    return num_parameters * 4 * (1 + num_moments + ema)
 
 
 def check_space(run_dir: Path, needed: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from mvit.checkpoint import Manifest
 from mvit.checkpoint_load import read_buffers, whole_states
-from mvit.fragments import EMA, MASTER, MOMENTS
+from mvit.fragments import ALL_MOMENTS, EMA, MASTER
 from mvit.run_identity import flatten
 
 
@@ -52,7 +52,8 @@ def compare_checkpoints(
     Tensors with equal 64-bit fingerprints count as equal and are not read; of the others one at a time is in memory.
     `progress` is called with the tensors done and their number.
     """
-    states = [MASTER, *MOMENTS, *([EMA] if first.has_ema and second.has_ema else [])]
+    held = [{state for file in one.files for state in file["states"]} for one in (first, second)]
+    states = [state for state in (MASTER, *ALL_MOMENTS, EMA) if state in held[0] & held[1]]
     trained = first.trained & second.trained
     shared = [name for name, shape in first.shapes.items() if second.shapes.get(name) == shape]
     pairs = [(state, name) for state in states for name in shared if name in trained or state == MASTER]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mvit.distributed import RankInfo, logger
 from mvit.fingerprint import fingerprint
 from mvit.fragments import EMA, MASTER, Fragment, ZeroLayout, with_ema
-from mvit.optim import OptimConfig, ParameterGroup, build_adamw
+from mvit.optim import OptimConfig, ParameterGroup, build_optimizer
 from mvit.zero import Precision, ZeroConfig, deepspeed_config, uses_autocast
 
+_HYPERPARAMETERS = ("betas", "eps", "momentum", "nesterov")  # AdamW's, SGD's
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -60,7 +61,7 @@ class Engine:
         on_gpu = ranks.device.type == "cuda" and not zero.offload_optimizer
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_adamw(model, groups, optim, fused=on_gpu),
+            optimizer=build_optimizer(model, groups, optim, fused=on_gpu),
             config=deepspeed_config(
                 zero,
                 precision=precision,
@@ -160,8 +161,7 @@ class Engine:
                 "name": group["name"],
                 "parameters": names[group["name"]],
                 "weight_decay": group["weight_decay"],
-                "betas": list(group["betas"]),
-                "eps": group["eps"],
+                **{key: list(group[key]) if key == "betas" else group[key] for key in _HYPERPARAMETERS if key in group},
                 "lr_scale": self._lr_scales[group["name"]],
             }
             for group in self.layout.optimizer.param_groups

@@ -1,4 +1,4 @@
-"""Which flat ranges of each parameter's fp32 master and Adam moments does this rank own, at any ZeRO stage?
+"""Which flat ranges of each parameter's fp32 master and moments does this rank own, at any ZeRO stage?
 
 Of a frozen parameter there is nothing but the weights themselves.
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 MASTER = "fp32"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+MOMENTUM = "momentum_buffer"  # SGD's
+ALL_MOMENTS = (*MOMENTS, MOMENTUM)
 EMA = "ema"
 FROZEN = "frozen"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -40,7 +42,7 @@ class Fragment:
 
     @property
     def frozen(self) -> bool:
-        return MOMENTS[0] not in self.states
+        return not any(moment in self.states for moment in ALL_MOMENTS)
 
     @property
     def count(self) -> int:
@@ -61,7 +63,7 @@ class ZeroLayout:
 
     stage: int
     zero: Any  # ZeRO's wrapper of the optimizer
-    optimizer: torch.optim.Optimizer  # torch's AdamW
+    optimizer: torch.optim.Optimizer  # torch's AdamW or SGD
     flats: tuple[tuple[int, Tensor], ...]  # (group index, flat fp32 master); stage 0: one per parameter
 
     @classmethod
@@ -83,21 +85,30 @@ class ZeroLayout:
         assert not getattr(zero, "round_robin_gradients", False), "its fragment addresses are wrong"
         return cls(stage, zero, zero.optimizer, tuple(enumerate(zero.single_partition_of_fp32_groups)))
 
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of what the optimizer keeps of each element beside the master."""
+        return (MOMENTUM,) if isinstance(self.optimizer, torch.optim.SGD) else MOMENTS
+
     def create_missing_state(self) -> None:
-        """Give an optimizer that never stepped the zero state torch would create at its first step."""
+        """Give an optimizer that never stepped the zero state that stands for no step.
+
+        AdamW's is what torch would create. SGD has no momentum before its first step, which zero is as good as: what it
+        then puts there is zero times 0.9, plus the gradient.
+        """
         for group_index, flat in self.flats:
             group, state = self.optimizer.param_groups[group_index], self.optimizer.state[flat]
             if len(state) == 0:
                 on_device = group.get("fused") or group.get("capturable")
                 # One step tensor each: sharing one would advance it once per flat buffer.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
-                for key in MOMENTS:
+                for key in self.moments:
                     state[key] = torch.zeros_like(flat, requires_grad=False)
 
     def _views(self, flat: Tensor, at: int, count: int) -> dict[str, Tensor]:
         state = self.optimizer.state[flat]
         views = {MASTER: flat.data.view(-1).narrow(0, at, count)}
-        return views | {key: state[key].view(-1).narrow(0, at, count) for key in MOMENTS}
+        return views | {key: state[key].view(-1).narrow(0, at, count) for key in self.moments}
 
     def fragments(self, module: torch.nn.Module) -> list[Fragment]:
         """List what this rank holds, frozen parameters included, in the order of `named_parameters`."""

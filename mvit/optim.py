@@ -1,7 +1,8 @@
-"""Parameter groups with the paper's weight-decay exclusions and layer-wise rates, and AdamW over them."""
+"""Parameter groups with the paper's weight-decay exclusions and layer-wise rates, and AdamW or SGD over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,18 +13,23 @@ from mvit.model.convert import layer_index
 
 
 class OptimConfig(Settings):
-    """AdamW as the paper uses it (B.2)."""
+    """AdamW as the paper uses it (B.2), or SGD as for Something-Something (B.5)."""
 
     lr: float = Field(default=2.5e-4, gt=0)
     """Peak learning rate for a global batch of `lr_batch_size`; scaled linearly with the global batch."""
     lr_batch_size: int = Field(default=256, gt=0)
     """Global batch size that `lr` is stated for."""
+    algorithm: Literal["adamw", "sgd"] = "adamw"
+    """"sgd" has Nesterov momentum and adds the weight decay to the gradient."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled decay; never applied to biases and other one-dimensional parameters."""
+    """Decoupled decay (sgd: L2); never applied to biases and other one-dimensional parameters."""
     decay_positions: bool = True
     """Decay position tables and the class token too, as the published classification code does."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """adamw only, like `eps`."""
     eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.9, gt=0, lt=1)
+    """sgd only."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 does not clip."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
@@ -75,22 +81,39 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, depth: int) -> li
     return groups
 
 
-def build_adamw(
+class SGD(torch.optim.SGD):
+    """torch's SGD with Nesterov momentum, which also counts its updates, as the checkpoints expect."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update, and count it for each parameter that has a gradient."""
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state.setdefault("step", torch.zeros((), dtype=torch.float32)).add_(1)
+        return loss
+
+
+def num_moments(config: OptimConfig) -> int:
+    """Return how many numbers the optimizer keeps for each element of a parameter, beside the weight."""
+    return 1 if config.algorithm == "sgd" else 2
+
+
+def build_optimizer(
     model: nn.Module, groups: Sequence[ParameterGroup], config: OptimConfig, *, fused: bool
-) -> torch.optim.AdamW:
-    """Build torch's AdamW over `groups`; each torch group carries its `name` for checkpoints."""
+) -> torch.optim.Optimizer:
+    """Build torch's AdamW or SGD over `groups`; each torch group carries its `name` for checkpoints."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.parameter_names],
-                "weight_decay": group.weight_decay,
-                "lr": 0.0,
-                "name": group.name,
-            }
-            for group in groups
-        ],
-        betas=config.betas,
-        eps=config.eps,
-        fused=fused,
-    )
+    over: list[dict[str, Any]] = [
+        {
+            "params": [parameters[name] for name in group.parameter_names],
+            "weight_decay": group.weight_decay,
+            "lr": 0.0,
+            "name": group.name,
+        }
+        for group in groups
+    ]
+    if config.algorithm == "sgd":
+        return SGD(over, momentum=config.momentum, nesterov=True, fused=fused)
+    return torch.optim.AdamW(over, betas=config.betas, eps=config.eps, fused=fused)

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mvit.fragments import EMA, MASTER, MOMENTS
+from mvit.fragments import ALL_MOMENTS, EMA, MASTER
 from mvit.prove_causes import BEFORE_THE_KILL, likely_cause
 from mvit.trace import BUFFER, FROZEN, WEIGHTS, RankTrace, Record, Trace
 
 _OF_A_STEP = ("sample", "input", "lr", "loss", "grad_norm")  # what a start has not
 CAUSAL_ORDER = (
     *("sample", "input", "rng", "lr", "loss", "grad_norm"),
-    *("counter", "hyperparameter", BUFFER, FROZEN, *MOMENTS, MASTER, WEIGHTS, EMA),
+    *("counter", "hyperparameter", BUFFER, FROZEN, *ALL_MOMENTS, MASTER, WEIGHTS, EMA),
 )
-TENSORS = (BUFFER, FROZEN, *MOMENTS, MASTER, WEIGHTS, EMA)
+TENSORS = (BUFFER, FROZEN, *ALL_MOMENTS, MASTER, WEIGHTS, EMA)
 _TITLES = {
     "sample": "sample key",
     "input": "augmented sample",

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mvit.fragments import EMA, MASTER, MOMENTS
+from mvit.fragments import ALL_MOMENTS, EMA, MASTER
 from mvit.trace import BUFFER, FROZEN, WEIGHTS, RankTrace, Record
 
 BEFORE_THE_KILL = (
     "the second run differs before it was killed, so resuming is not to blame: an operation is not deterministic on "
     "this device, the data have changed meanwhile, or saving changes what is trained"
 )
-_STATES = (MASTER, *MOMENTS, EMA)
+_STATES = (MASTER, *ALL_MOMENTS, EMA)
 _ZERO = "0" * 16
 
 
@@ -128,7 +128,9 @@ def _hyperparameter(case: _Case) -> str:
 def _moment(case: _Case) -> str:
     if case.at_start:
         return _misplaced(case)
-    return "the same losses and gradient norm gave other moments: gradient clipping or Adam's betas have changed"
+    return (
+        "the same losses and gradient norm gave other moments: gradient clipping or the optimizer's betas have changed"
+    )
 
 
 def _master(case: _Case) -> str:
@@ -188,8 +190,7 @@ _BY_KIND: Mapping[str, Callable[[_Case], str]] = {
     "hyperparameter": _hyperparameter,
     BUFFER: _not_restored,
     FROZEN: _not_restored,
-    MOMENTS[0]: _moment,
-    MOMENTS[1]: _moment,
+    **dict.fromkeys(ALL_MOMENTS, _moment),
     MASTER: _master,
     WEIGHTS: _weights,
     EMA: _ema,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mvit.fragments import EMA, MASTER, MOMENTS
+from mvit.fragments import ALL_MOMENTS, EMA, MASTER
 from mvit.prove import Difference, Verdict, compared, first_difference, incomplete
 from mvit.trace import Facts, Record, Trace
 
@@ -17,7 +17,7 @@ from mvit.trace import Facts, Record, Trace
 # stage 3: 5e-8 in fp32, 8e-4 in bf16; roundings grow with the steps, the learning rate and the size of the sums. fp16
 # is between them: its rounding is an eighth of bf16's.
 TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 2e-3}
-_WHOLE = (*MOMENTS, MASTER, EMA)
+_WHOLE = (*ALL_MOMENTS, MASTER, EMA)
 _SCALES = "loss scaler's "
 
 

@@ -14,6 +14,7 @@ from mvit.config import RunConfig
 from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger, together
 from mvit.engine import Engine
 from mvit.life import Life, Unattended
+from mvit.optim import num_moments
 from mvit.retention import Retention, clear_leftovers, scores_of
 
 
@@ -62,7 +63,8 @@ class RunCheckpoints:
     def predicted_bytes(self, shapes: Mapping[str, list[int]]) -> int:
         """Return the size of one checkpoint over all ranks."""
         elements = sum(torch.Size(shape).numel() for shape in shapes.values())
-        return predicted_bytes(elements, ema=self._config.optim.ema_decay is not None)
+        optim = self._config.optim
+        return predicted_bytes(elements, ema=optim.ema_decay is not None, num_moments=num_moments(optim))
 
     def restore(self) -> Restored:
         """Load the newest valid checkpoint, if there is one, and prove that its state is what was loaded.

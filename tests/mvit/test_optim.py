@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvit.optim import OptimConfig, build_adamw, parameter_groups
+from mvit.optim import OptimConfig, build_optimizer, parameter_groups
 from mvit.variants import Variant, create_model
 
 TINY = Variant("test", embed_dim=16, depths=(1, 1, 1, 1), num_heads=1)
@@ -54,10 +54,36 @@ def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error() -> No
         parameter_groups(model, OptimConfig(), depth=0)
 
 
+def test_sgd_is_torchs_with_nesterov_momentum_and_counts_its_updates() -> None:
+    config = OptimConfig(algorithm="sgd", momentum=0.8, weight_decay=0.1)
+    results = []
+    for which in ("ours", "ours from zero momentum", "torch's"):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        groups = parameter_groups(model, config, depth=0)
+        optimizer: torch.optim.Optimizer = build_optimizer(model, groups, config, fused=False)
+        if which == "torch's":
+            over = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+            optimizer = torch.optim.SGD(over, momentum=0.8, nesterov=True)
+        if which == "ours from zero momentum":  # as the checkpoints create it
+            for parameter in model.parameters():
+                optimizer.state[parameter] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(parameter)}
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3)).square().mean().backward()
+            optimizer.step()
+        results.append([p.detach().clone() for p in model.parameters()])
+        if which != "torch's":
+            assert {int(state["step"]) for state in optimizer.state.values()} == {4}
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
+
+
 def test_adamw_gets_the_groups_under_their_names() -> None:
     model = create_model(TINY, num_classes=3, input_size=(32, 32))
     config = OptimConfig(betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2)
-    optimizer = build_adamw(model, parameter_groups(model, config, depth=4), config, fused=False)
+    optimizer = build_optimizer(model, parameter_groups(model, config, depth=4), config, fused=False)
     assert [(g["name"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
         ("no_decay", 0.0, (0.8, 0.9), 1e-6),
         ("decay", 0.2, (0.8, 0.9), 1e-6),

@@ -13,7 +13,7 @@ from mvit.checkpoint_load import check_loaded, load_into, whole_weights
 from mvit.checkpoint_save import Contents, Saver
 from mvit.engine import Engine
 from mvit.fragments import EMA, MASTER
-from mvit.optim import OptimConfig, build_adamw, parameter_groups
+from mvit.optim import OptimConfig, build_optimizer, parameter_groups
 from mvit.variants import Variant, create_model
 from mvit.zero import Precision, ZeroConfig
 from tests.ranks import run_distributed
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.timeout(900)  # about a minute each on two idle cores
 
 GLOBAL_BATCH, SIZE, CLASSES, STEPS = 8, 32, 5, 20
 TINY = Variant("test", embed_dim=16, depths=(1, 1, 2, 1), num_heads=1)
+SGD = OptimConfig(algorithm="sgd", weight_decay=0.01, layer_decay=0.8, clip_grad_norm=0.5)
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.1, layer_decay=0.8, ema_decay=0.9, clip_grad_norm=0.5)
 
 
@@ -46,12 +47,12 @@ def _lr(step: int) -> float:
     return 3e-4 * min(step / 5, 1)
 
 
-def _plain_losses(micro: int, steps: int = STEPS) -> list[float]:
+def _plain_losses(micro: int, steps: int = STEPS, optim: OptimConfig = OPTIM) -> list[float]:
     """Train without DeepSpeed in this process, chunk by chunk; the yardstick."""
     model = _model()
-    groups = parameter_groups(model, OPTIM, depth=TINY.depth)
+    groups = parameter_groups(model, optim, depth=TINY.depth)
     scales = {group.name: group.lr_scale for group in groups}
-    optimizer = build_adamw(model, groups, OPTIM, fused=False)
+    optimizer = build_optimizer(model, groups, optim, fused=False)
     losses = []
     for step in range(1, steps + 1):
         total, chunks = 0.0, GLOBAL_BATCH // micro
@@ -74,10 +75,11 @@ def _engine(ranks: distributed.RankInfo, stage: int, micro: int, **options: Any)
     model = _model(options.pop("checkpointing", False))
     precision: Precision = options.pop("precision", "fp32")
     compile_backend = options.pop("compile_backend", None)
+    optim: OptimConfig = options.pop("optim", OPTIM)
     return Engine(
         model,
-        parameter_groups(model, OPTIM, depth=TINY.depth),
-        OPTIM,
+        parameter_groups(model, optim, depth=TINY.depth),
+        optim,
         ZeroConfig.model_validate({"stage": stage, "persistence_threshold": 0, **options}),
         precision=precision,
         micro_batch_size=micro,
@@ -124,13 +126,16 @@ def test_every_stage_gives_the_loss_curve_of_plain_pytorch() -> None:
     cases.append(("stage 3, offload all", 3, 4, {"offload_optimizer": True, "offload_parameters": True}))
     cases.append(("stage 3, as shipped", 3, 4, {"persistence_threshold": 100_000}))
     cases.append(("stage 1, compiled", 1, 4, {"compile_backend": "aot_eager"}))
+    cases += [(f"stage {stage}, sgd", stage, 4, {"optim": SGD}) for stage in (0, 1, 3)]
     plain = {micro: _plain_losses(micro) for micro in (4, 2)}
+    plain_sgd = _plain_losses(4, optim=SGD)
+    assert plain_sgd != pytest.approx(plain[4], rel=1e-4)
     found = run_distributed(_many_cases, 2, cases, STEPS)[0]
     norms = [norm for _, norm in found["stage 1"]]
     for label, _, micro, _ in cases:
         losses = [loss for loss, _ in found[label]]
-        assert losses == pytest.approx(plain[micro], rel=1e-5), label
-        if micro == 4:
+        assert losses == pytest.approx(plain_sgd if "sgd" in label else plain[micro], rel=1e-5), label
+        if micro == 4 and "sgd" not in label:
             assert [norm for _, norm in found[label]] == pytest.approx(norms, rel=1e-4), label
 
 
