@@ -18,14 +18,18 @@ from pydantic import Field, model_validator
 
 from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.batch import VideoBatch
-from data_pipeline.decode import class_label
+from data_pipeline.decode import LABEL_EXTENSION, class_label
 from data_pipeline.image import random_crop_box
 from data_pipeline.order import derive_seed
 from data_pipeline.reads import Item
+from data_pipeline.video_container import VIDEO_EXTENSIONS
 from data_pipeline.video_decode import Video, video_member
 
 if TYPE_CHECKING:
     from data_pipeline.augment import ClipRandAugment
+
+VIDEO_MEMBERS: tuple[tuple[str, ...], ...] = (VIDEO_EXTENSIONS, (LABEL_EXTENSION,))
+"""What every sample of a shard must have, one of each group."""
 
 _TICK_S = 6e-4
 """Containers round presentation times, Matroska's to milliseconds: a frame that begins so little later is there."""

@@ -6,17 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.image import ImageConfig
 from data_pipeline.loader import DataConfig
 from data_pipeline.settings import Settings
+from data_pipeline.shards import REQUIRED_FOR_CLASSIFICATION
+from data_pipeline.video import VIDEO_MEMBERS, VideoConfig
 from mvit.model.attention import AttentionForm
 from mvit.model.inflation import Inflation
 from mvit.optim import OptimConfig
 from mvit.schedule import ScheduleConfig
 from mvit.variants import VARIANTS, Variant
 from mvit.zero import Precision, ZeroConfig
+
+# section → the only task that reads it
+_SECTION_READ_BY = {"image": "image_classification", "video": "video_classification"}
 
 StageName = Literal["stage1", "stage2", "stage3", "stage4"]
 
@@ -26,7 +39,7 @@ class ConfigError(ValueError):
 
 
 class ModelConfig(Settings):
-    """Which network is trained; the input size is `image.image_size`."""
+    """Which network is trained; its input size is the task's section's, `image` or `video`."""
 
     variant: str = "mvitv2_tiny"
     """A row of the paper's Table 1: mvitv2_tiny, _small, _base, _large or _huge."""
@@ -76,7 +89,7 @@ class TrainConfig(Settings):
     """Batch sizes, numerics and what happens how often; all intervals are in steps (optimizer updates)."""
 
     global_batch_size: int = Field(default=2048, gt=0)
-    """Samples per step over all ranks."""
+    """Samples per step over all ranks; with `video.repeats`, clips."""
     micro_batch_size: int = Field(default=32, gt=0)
     """Samples one rank computes at once; accumulation makes up the rest of the global batch."""
     precision: Precision = "bf16"
@@ -88,7 +101,7 @@ class TrainConfig(Settings):
     evaluate_every: int = Field(default=0, ge=0)
     """0 evaluates at the end only."""
     evaluation_batch_size: int = Field(default=64, gt=0)
-    """Samples per rank and evaluation step."""
+    """Images or clips per rank that are computed at once in evaluation; a video's views are that many clips."""
     save_every: int | None = Field(default=None, gt=0)
     """null derives it while training: the optimum of what saves and failures cost (mvit/save_interval.py)."""
     node_mttf_h: float = Field(default=1000.0, gt=0)
@@ -103,7 +116,7 @@ class TrainConfig(Settings):
     async_save: bool = True
     """Write checkpoints beside training, from a copy in host memory as large as this rank's share of the state."""
     log_images: int = Field(default=8, ge=0)
-    """Augmented input images shown in TensorBoard at the first step."""
+    """Augmented inputs shown in TensorBoard at the first step."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak rate of one device in TFLOP/s for MFU; null takes the data sheet's figure where the device is known."""
 
@@ -129,13 +142,16 @@ class RunConfig(Settings):
 
     name: str = Field(min_length=1)
     """Names the run folder."""
-    task: Literal["image_classification"] = "image_classification"
+    task: Literal["image_classification", "video_classification"] = "image_classification"
     seed: int = Field(default=0, ge=0)
     output_dir: str = "runs"
     """The run folder is created in here."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     image: ImageConfig = ImageConfig()
+    """Read by image_classification only."""
+    video: VideoConfig = VideoConfig()
+    """Read by video_classification only."""
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
@@ -149,16 +165,31 @@ class RunConfig(Settings):
         return value
 
     @model_validator(mode="after")
+    def _only_the_task_s_inputs_are_set(self) -> "RunConfig":
+        for section, task in _SECTION_READ_BY.items():
+            given, default = getattr(self, section), type(getattr(self, section))()
+            changed = [key for key in type(given).model_fields if getattr(given, key) != getattr(default, key)]
+            if task != self.task and changed:
+                raise ValueError(
+                    f"{section}.{changed[0]} = {getattr(given, changed[0])!r} would have no effect: task is "
+                    f"{self.task}, which does not read {section}.*; set task={task}, or take out "
+                    f"{', '.join(f'{section}.{key}' for key in changed)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         if self.train.global_batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size = {self.train.micro_batch_size}; change one of them"
             )
-        if self.image.mixes and self.train.micro_batch_size < 2:
+        if self.train.micro_batch_size < self._least_micro_batch:
+            section = "image" if self.task == "image_classification" else "video"
+            what = "2 pictures" if self.repeats == 1 else f"{self._least_micro_batch} clips, of two videos"
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size}: with mixup or cutmix on, a micro-batch is "
-                "mixed with itself and needs at least 2 pictures; raise it, or set image.mix_prob=0"
+                f"mixed with itself and needs at least {what}; raise it, or set {section}.mix_prob=0"
             )
         if self.train.keep_best and (self.data.validation is None or not self.train.evaluate_every):
             raise ValueError(
@@ -170,16 +201,48 @@ class RunConfig(Settings):
             raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_the_other_task_s_section(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is not read: other defaults of a later version must not stop a run from continuing."""
+        return {key: value for key, value in handler(self).items() if _SECTION_READ_BY.get(key, self.task) == self.task}
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    @property
+    def inputs(self) -> AugmentConfig:
+        """The section that the task reads: `image` or `video`."""
+        return self.video if self.task == "video_classification" else self.image
+
+    @property
+    def input_size(self) -> tuple[int, ...]:
+        """What the model is built for: (H, W) of images or (T, H, W) of clips."""
+        return self.video.clip_size if self.task == "video_classification" else self.image.image_size
+
+    @property
+    def required_members(self) -> tuple[tuple[str, ...], ...]:
+        """What every sample of a shard must have for the task, one of each group."""
+        return VIDEO_MEMBERS if self.task == "video_classification" else REQUIRED_FOR_CLASSIFICATION
+
+    @property
+    def repeats(self) -> int:
+        """How often each training sample comes in an epoch, one right after the other."""
+        return self.video.repeats if self.task == "video_classification" else 1
+
+    @property
+    def _least_micro_batch(self) -> int:
+        return self.repeats + 1 if self.inputs.mixes else 1
+
+    def epoch_size(self, num_samples: int) -> int:
+        """Return how many samples an epoch over a training set of `num_samples` computes: each as often as repeated."""
+        return num_samples * self.repeats
 
     def batch_arithmetic(self, world_size: int) -> BatchArithmetic:
         """Derive the accumulation; raises ConfigError with the arithmetic if the batch does not divide."""
         total, micro = self.train.global_batch_size, self.train.micro_batch_size
         if total % (micro * world_size):
-            least = 2 if self.image.mixes else 1
-            sizes = range(least, total // world_size + 1)
+            sizes = range(self._least_micro_batch, total // world_size + 1)
             fits = sorted((size for size in sizes if total % (size * world_size) == 0), reverse=True)
             ways = f"train.micro_batch_size one of {fits}" if fits else f"another number of ranks than {world_size}"
             below, above = total // (micro * world_size) * micro * world_size, -(-total // (micro * world_size))
@@ -193,17 +256,19 @@ class RunConfig(Settings):
 
     def total_steps(self, num_samples: int) -> int:
         """Return the number of updates in the whole run over a training set of `num_samples`."""
-        steps = int(self.schedule.epochs * num_samples / self.train.global_batch_size)
+        steps = int(self.schedule.epochs * self.epoch_size(num_samples) / self.train.global_batch_size)
         if steps < 1:
+            repeated = f" x {self.repeats} repeats" if self.repeats > 1 else ""
             raise ConfigError(
-                f"schedule.epochs = {self.schedule.epochs:g} over {num_samples} samples is less than one step of "
-                f"train.global_batch_size = {self.train.global_batch_size}; train longer or with a smaller batch"
+                f"schedule.epochs = {self.schedule.epochs:g} over {num_samples} samples{repeated} is less than "
+                f"one step of train.global_batch_size = {self.train.global_batch_size}; train longer or "
+                "with a smaller batch"
             )
         return steps
 
     def warmup_steps(self, num_samples: int) -> int:
         """Return the number of updates before the peak learning rate."""
-        return int(self.schedule.warmup_epochs * num_samples / self.train.global_batch_size)
+        return int(self.schedule.warmup_epochs * self.epoch_size(num_samples) / self.train.global_batch_size)
 
     def scaled_lr(self, lr: float) -> float:
         """Scale a rate stated for `optim.lr_batch_size` samples to the global batch (linear rule)."""

@@ -25,19 +25,22 @@ def open_validation(config: RunConfig) -> ShardSet:
     """Open the validation shards; raises ConfigError if the recipe names none."""
     if config.data.validation is None:
         raise ConfigError("data.validation = None: evaluation needs shards; set it to a packed folder or a pattern")
-    shards = open_shards(config.data.validation, cache_dir=config.data.cache_dir)
+    spec, cache = config.data.validation, config.data.cache_dir
+    shards = open_shards(spec, cache_dir=cache, required=config.required_members)
     shards.check_labels(config.model.num_classes)
     return shards
 
 
-def evaluation_loader(config: RunConfig, task: Task, shards: ShardSet, ranks: RankInfo) -> EvaluationLoader:
-    """Return the loader of one pass over `shards`."""
+def evaluation_loader(
+    config: RunConfig, task: Task, shards: ShardSet, ranks: RankInfo, *, all_views: bool = False
+) -> EvaluationLoader:
+    """Return the loader of one pass over `shards`; `all_views`: the test, which may look at a sample several times."""
     return EvaluationLoader(
         shards,
-        task.transform(train=False),
+        task.transform(train=False, all_views=all_views),
         task.collate,
         config.data,
-        batch_size=config.train.evaluation_batch_size,
+        batch_size=task.evaluation_samples(config.train.evaluation_batch_size, all_views=all_views),
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
@@ -104,6 +107,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate weights on the validation shards and return top-1, top-5, loss, majority share and sample count.
 
+    Videos are looked at in all `num_clips` x `num_crops` views, while an evaluation during training takes one.
     `weights` is a weights file in any published naming, a run folder (its newest valid checkpoint), one checkpoint
     folder, or a state dict; `ema` takes a checkpoint's moving average. Runs in this process, or on every rank under
     a launcher, which is told by `beat` before every batch that this one lives. Raises ConfigError, CheckpointError or
@@ -125,7 +129,7 @@ def evaluate(
     autocast = torch.autocast(ranks.device.type, half) if precision != "fp32" else nullcontext()
     shown = ProgressDisplay() if show_progress and ranks.is_main else None
     with autocast, shown or nullcontext():
-        loader = evaluation_loader(config, task, shards, ranks)
+        loader = evaluation_loader(config, task, shards, ranks, all_views=True)
         try:
             return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown, beat, stop_requested)
         finally:

@@ -45,12 +45,12 @@ def check_logits(path: Path, manifest: Manifest, *, ema: bool, timm: bool, load:
     """
     config = parse_config(manifest.state["config"], source=str(manifest.path))
     task = create_task(config)
-    image = torch.randn(1, 3, *config.image.image_size, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(1, 3, *config.input_size, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
-        expected = _own(task, manifest, ema).eval()(image)
+        expected = _own(task, manifest, ema).eval()(inputs)
         gc.collect()
         return_freed_memory()
-        found = _consumers(path, task, config, timm, load).eval()(image)
+        found = _consumers(path, task, config, timm, load).eval()(inputs)
     if not expected.isfinite().all():
         raise CheckpointError(
             f"{manifest.path}: its model's logits are not finite; to export such weights all the same, leave out "

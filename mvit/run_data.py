@@ -14,7 +14,8 @@ def open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | 
 
     def open_all() -> None:
         assert config.data.train is not None
-        opened["train"] = open_shards(config.data.train, cache_dir=config.data.cache_dir)
+        spec, cache = config.data.train, config.data.cache_dir
+        opened["train"] = open_shards(spec, cache_dir=cache, required=config.required_members)
         opened["train"].check_labels(config.model.num_classes)
         if config.data.validation is not None:
             opened["validation"] = open_validation(config)

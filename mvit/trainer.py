@@ -123,6 +123,7 @@ class _Run:
             micro_batch_size=config.train.micro_batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            repeats=config.repeats,
         )
         self.checkpoints = RunCheckpoints(config, run_dir, ranks, life)
         self._build_engine()
@@ -163,9 +164,8 @@ class _Run:
         self.flops_per_sample = 0.0
         if self.peak is not None:
             with torch.device("meta"):
-                size = config.image.image_size
                 # Forward once, backward twice; recomputed activations are not useful work and do not count.
-                self.flops_per_sample = 3 * forward_flops(self.task.build_model(), (1, 3, *size))
+                self.flops_per_sample = 3 * forward_flops(self.task.build_model(), (1, 3, *config.input_size))
         groups = parameter_groups(model, config.optim, depth=sum(config.model.resolved_variant().depths))
         self.engine = Engine(
             model,
@@ -317,7 +317,7 @@ class _Run:
             "memory_gib": peak_memory_gib(self.ranks.device),
             "bad_samples": bad,
             "eta_s": (self.total_steps - step) * rates["step_seconds"],
-            "epoch": step * self.config.train.global_batch_size / len(self.shards),
+            "epoch": step * self.config.train.global_batch_size / self.config.epoch_size(len(self.shards)),
             **rates,
             **self.saving.log_point(rates["step_seconds"]),
         }

@@ -10,5 +10,7 @@ if TYPE_CHECKING:
 def create_task(config: "RunConfig") -> "Task":
     """Return the task that `config.task` names."""
     from mvit.tasks.image_classification import ImageClassification
+    from mvit.tasks.video_classification import VideoClassification
 
-    return {"image_classification": ImageClassification}[config.task](config)
+    tasks = {"image_classification": ImageClassification, "video_classification": VideoClassification}
+    return tasks[config.task](config)

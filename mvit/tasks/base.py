@@ -44,8 +44,15 @@ class Task(Protocol):
         """
         ...
 
-    def transform(self, train: bool) -> Transform:
-        """Return the function (members of one sample, seed) → one item for `collate`."""
+    def transform(self, train: bool, *, all_views: bool = False) -> Transform:
+        """Return the function (members of one sample, seed) → one item for `collate`.
+
+        `all_views`: the full test, which looks at a sample more than once where that is published.
+        """
+        ...
+
+    def evaluation_samples(self, batch_size: int, *, all_views: bool = False) -> int:
+        """Return how many samples make a batch of an evaluation that computes `batch_size` inputs at once."""
         ...
 
     def collate(self, items: Sequence[Any]) -> Any:

@@ -30,6 +30,12 @@ TINY = ROOT / "configs" / "imagenet1k" / "mvitv2_tiny.yaml"
         (["train.activation_checkpointing=[stage5]"], r"activation_checkpointing.* = 'stage5'.*'stage1', 'stage2'"),
         (["schedule.warmup_epochs=301"], r"schedule: warmup_epochs = 301.* is longer than the training"),
         (["train.micro_batch_size=1"], r"train\.micro_batch_size = 1: with mixup or cutmix on.*image\.mix_prob=0"),
+        (["video.num_frames=8"], r"video\.num_frames = 8 would have no effect: .*set task=video_classification, or"),
+        (["task=video_classification", "image.decoder=pil"], r"image\.decoder = 'pil' would have no effect"),
+        (
+            ["task=video_classification", "video.repeats=2", "train.micro_batch_size=2"],
+            r"micro_batch_size = 2: .*needs at least 3 clips, of two videos.*video\.mix_prob=0",
+        ),
         (["name=a/b"], r"name = 'a/b': .*must not contain slashes"),
         (["optim.lr"], r"override 'optim\.lr' has no `=`"),
     ],
@@ -89,6 +95,28 @@ def test_the_learning_rate_is_the_published_one() -> None:
     assert at(300 * 625) == pytest.approx(8e-6, rel=1e-3)
     assert all(at(s) < at(s + 1) for s in range(1, 70 * 625, 1000))
     assert all(at(s) > at(s + 1) for s in range(70 * 625 + 1, 300 * 625 - 1, 1000))
+
+
+def test_with_repeats_an_epoch_has_more_clips_and_so_more_steps() -> None:
+    tree = {"name": "clips", "task": "video_classification", "model": {"num_classes": 400}}
+    tree |= {"train": {"global_batch_size": 512}, "schedule": {"epochs": 200, "warmup_epochs": 30}}
+    plain, doubled = parse_config(tree), parse_config(tree | {"video": {"repeats": 2}})
+    videos = 240_436  # Kinetics-400
+    assert doubled.epoch_size(videos) == 2 * videos
+    assert plain.total_steps(videos) == 200 * videos // 512
+    assert doubled.total_steps(videos) == 200 * videos // 256
+    assert doubled.warmup_steps(videos) == 30 * videos // 256
+    with pytest.raises(ConfigError, match="over 1 samples x 2 repeats is less than one step"):
+        doubled.total_steps(1)
+
+
+def test_a_task_s_config_tells_its_inputs_and_keeps_silent_about_the_other_s() -> None:
+    image, video = parse_config({"name": "a"}), parse_config({"name": "a", "task": "video_classification"})
+    assert (image.input_size, video.input_size) == ((224, 224), (16, 224, 224))
+    assert "video" not in image.model_dump()
+    assert "image" not in video.model_dump()
+    for config in (image, video):
+        assert parse_config(config.model_dump(mode="json")) == config
 
 
 def test_what_may_change_between_attempts_is_told_from_what_may_not() -> None:

@@ -1,0 +1,77 @@
+"""What classifying images and clips have in common: the model, its loss, and the accuracies."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_pipeline.batch import ImageBatch, VideoBatch
+from mvit.config import RunConfig
+from mvit.distributed import sum_over_ranks
+from mvit.model.backbone import MViT
+from mvit.variants import create_model
+from mvit.weights import load_weights
+
+
+def build_classifier(config: RunConfig) -> MViT:
+    """Build the model of a recipe, for images or clips, initialised from torch's random state."""
+    model = config.model
+    built = create_model(
+        model.resolved_variant(),
+        num_classes=model.num_classes,
+        input_size=config.input_size,
+        class_token=model.class_token,
+        expand=model.expand,
+        drop_path=model.drop_path,
+        absolute_positions=model.absolute_positions,
+        relative_positions=model.relative_positions,
+        residual_pooling=model.residual_pooling,
+        head_dropout=model.head_dropout,
+        attention_form=model.attention_form,
+    )
+    stages = config.train.activation_checkpointing
+    if stages != "off":
+        built.set_activation_checkpointing(("stage1", "stage2", "stage3", "stage4") if stages == "all" else stages)
+    return built
+
+
+def load_classifier(model: nn.Module, source: str | Path | Any, config: RunConfig, *, new_head: bool) -> str:
+    """Load weights in any published naming, those of images into a model of clips as the recipe says."""
+    assert isinstance(model, MViT)
+    return load_weights(model, source, allow_new_head=new_head, inflation=config.model.inflation).summary()
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits (B, K) against target distributions (B, K), in fp32."""
+    return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
+
+
+class TopK:
+    """Top-1 and top-5 accuracy and the cross-entropy, beside the share of the most frequent class."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self._k = min(5, num_classes)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-k, loss, samples
+        self._labels = torch.zeros(num_classes, dtype=torch.float64, device=device)
+
+    def update(self, predictions: Tensor, batch: ImageBatch | VideoBatch) -> None:
+        """Add logits (B, K)."""
+        labels, weights = batch.labels, batch.weights.double()
+        hits = predictions.topk(self._k, dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(predictions, labels, reduction="none").double()
+        columns = (hits[:, 0].double(), hits.any(dim=1).double(), loss, torch.ones_like(loss))
+        self._sums += torch.stack([(column * weights).sum() for column in columns])
+        self._labels.index_add_(0, labels, weights)
+
+    def compute(self) -> dict[str, float]:
+        sums, labels = sum_over_ranks(self._sums).tolist(), sum_over_ranks(self._labels)
+        top1, topk, loss, count = sums
+        return {
+            "top1": top1 / count,
+            f"top{self._k}": topk / count,
+            "loss": loss / count,
+            "majority": float(labels.max()) / count,
+            "samples": count,
+        }
