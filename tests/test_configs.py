@@ -51,6 +51,38 @@ def test_published_recipes_divide_over_the_published_64_gpus(path: Path) -> None
     assert (arithmetic.global_batch_size, arithmetic.accumulation_steps) == (2048, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "gpus", "parameters", "views"),
+    [
+        ("kinetics400/mvitv2_small_16x4", 128, 34_537_744, 5),
+        ("kinetics400/mvitv2_base_32x3", 128, 51_230_128, 5),
+        ("kinetics400/mvitv2_large_40x3", 64, 213_390_112, 15),
+        ("kinetics600/mvitv2_base_32x3", 128, None, 5),
+        ("kinetics600/mvitv2_large_40x3", 64, None, 12),
+        ("kinetics700/mvitv2_base_32x3", 128, None, 9),
+        ("kinetics700/mvitv2_large_40x3", 64, None, 9),
+        ("ssv2/mvitv2_small_16x4", 64, 34_363_950, 3),
+        ("ssv2/mvitv2_base_32x3", 64, 51_056_334, 3),
+        ("ssv2/mvitv2_large_40x3", 64, 213_129_534, 3),
+    ],
+)
+def test_video_recipes_have_the_published_models_views_and_batches(
+    name: str, gpus: int, parameters: int | None, views: int
+) -> None:
+    config = mvit.load_config(ROOT / "configs" / f"{name}.yaml")
+    with torch.device("meta"):
+        model = create_task(config).build_model()
+    count = sum(p.numel() for p in model.parameters())
+    assert parameters in (None, count)
+    assert config.video.views == views
+    assert config.batch_arithmetic(64).global_batch_size == config.batch_arithmetic(gpus).global_batch_size
+    assert config.batch_arithmetic(gpus).accumulation_steps == (4 if "ssv2/mvitv2_large" in name else 1)
+    assert config.train.micro_batch_size % config.repeats == 0
+    if "kinetics" in name and "large" not in name:  # B.4: 1.6e-3 at 512 clips, from and to 16 nodes' 1e-6
+        assert config.scaled_lr(config.optim.lr) == pytest.approx(1.6e-3)
+        assert config.scaled_lr(config.schedule.end_lr) == pytest.approx(1.6e-5)
+
+
 @pytest.mark.parametrize("path", CLUSTERS, ids=_label)
 def test_a_cluster_file_loads(path: Path) -> None:
     assert load_cluster(path).executor in ("local", "slurm")
