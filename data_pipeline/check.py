@@ -1,22 +1,29 @@
-"""Check packed data, every byte: hashes, tar structure, indexes, labels, counts, keys, and that pictures decode."""
+"""Check packed data, every byte: hashes, tar structure, indexes, labels, counts, keys, and that samples decode.
+
+Pictures are decoded in threads, videos in processes, since a video may end the process that decodes it.
+"""
 
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.decode import DecodeError, class_label, decode_rgb, picture
+from data_pipeline.check_samples import check_pictures, check_videos
+from data_pipeline.decode import LABEL_EXTENSION
 from data_pipeline.shard_index import NO_LABEL, IndexHead, ShardIndex, build_index, split_index
 from data_pipeline.shards import MANIFEST, REQUIRED_FOR_CLASSIFICATION, check_members, read_manifest
 from data_pipeline.tar_scan import ShardError
+from data_pipeline.video_container import VIDEO_EXTENSIONS
+from data_pipeline.video_inspect import DEFAULT_SPAN_S, describe
+
+REQUIRED_FOR_VIDEO = (VIDEO_EXTENSIONS, (LABEL_EXTENSION,))
+"""What a sample of shards that hold videos must have."""
 
 
 @dataclass
@@ -27,6 +34,10 @@ class CheckReport:
     num_shards: int = 0
     num_samples: int = 0
     num_decoded: int = 0
+    kind: str = "picture"
+    span_s: float = DEFAULT_SPAN_S
+    measured: dict[str, float] = field(default_factory=dict)
+    """Of videos: seconds, and how many are short, of variable rate or rotated."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What could not be checked, or is unusual but harmless."""
@@ -42,8 +53,10 @@ class CheckReport:
 
     def __str__(self) -> str:
         verdict = "all is well" if self.ok else f"{len(self.problems)} problem(s)"
-        decoded = f", {self.num_decoded} pictures decoded" if self.num_decoded else ""
+        decoded = f", {self.num_decoded} {self.kind}s decoded" if self.num_decoded else ""
         head = f"{self.folder}: {self.num_shards} shard(s), {self.num_samples} samples{decoded}: {verdict}"
+        if self.measured:
+            head += f"\n  {describe(self.measured, self.span_s)}"
         notes = [f"  note: {note}" for note in self.notes]
         return "\n".join([head, *(f"  problem: {problem}" for problem in self.problems), *notes])
 
@@ -52,16 +65,19 @@ def check_shards(
     folder: str | os.PathLike[str],
     *,
     decode: bool = True,
+    sample: int | None = None,
+    span_s: float = DEFAULT_SPAN_S,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check a packed folder, a folder of packed folders, or a folder of bare tars (then only what needs no manifest).
 
-    `decode`: also decode every picture, in `workers` threads (0: one per core). `progress(done, total)` counts shards.
-    Every problem is named in the report; raises ShardError only if there is nothing to check.
+    `decode`: also decode every sample, or `sample` of each shard, in `workers` threads or processes (0: one per core);
+    videos shorter than `span_s` are counted. `progress(done, total)` counts shards. Every problem is named in the
+    report; raises ShardError only if there is nothing to check.
     """
     folder = Path(folder)
-    report = CheckReport(str(folder))
+    report = CheckReport(str(folder), span_s=span_s)
     parts = [folder] if (folder / MANIFEST).exists() or any(folder.glob("*.tar")) else []
     parts = parts or sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
     if not parts:
@@ -69,22 +85,21 @@ def check_shards(
     manifests = {part: _manifest(part, report) for part in parts}
     shards = {part: _shards(part, manifests[part], report) for part in parts}
     total, done = sum(map(len, shards.values())), 0
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for part in parts:
-            labels: Counter[int] = Counter()
-            keys: list[tuple[str, str]] = []
-            num_read = 0
-            for tar, entry in shards[part]:
-                index = _check_shard(tar, entry, report)
-                if index is not None:
-                    num_read += 1
-                    _check_samples(tar, index, labels, keys, manifests[part], report)
-                    if decode:
-                        _decode_all(tar, index, pool, report)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            _check_whole(part, labels, keys, num_read, manifests[part], report)
+    for part in parts:
+        labels: Counter[int] = Counter()
+        keys: list[tuple[str, str]] = []
+        num_read = 0
+        for tar, entry in shards[part]:
+            index = _check_shard(tar, entry, report)
+            if index is not None:
+                num_read += 1
+                _check_samples(tar, index, labels, keys, manifests[part], report)
+                if decode:
+                    _decode(tar, index, _spread(index.head.num_samples, sample), workers, report)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        _check_whole(part, labels, keys, num_read, manifests[part], report)
     return report
 
 
@@ -125,7 +140,7 @@ def _check_shard(tar: Path, entry: dict[str, Any] | None, report: CheckReport) -
                 report.problems.append(f"{tar}: its bytes are not those that were packed (SHA-256 differs)")
     try:
         content, head = build_index(str(tar))
-        check_members(str(tar), head, REQUIRED_FOR_CLASSIFICATION)
+        check_members(str(tar), head, REQUIRED_FOR_VIDEO if holds_videos(head) else REQUIRED_FOR_CLASSIFICATION)
     except ShardError as error:
         report.problems.append(str(error))
         return None
@@ -167,25 +182,30 @@ def _check_samples(
             report.problems.append(f"{tar.name}/{key} has label {label}, allowed: {allowed}")
 
 
-def _decode_all(tar: Path, index: ShardIndex, pool: ThreadPoolExecutor, report: CheckReport) -> None:
-    with open(tar, "rb") as file:
-        check = partial(_decode_one, file.fileno(), index)
-        for sample, problem in enumerate(pool.map(check, range(index.head.num_samples))):
-            if problem:
-                report.problems.append(f"{tar.name}/{index.key(sample)}: {problem}")
-            else:
-                report.num_decoded += 1
+def _decode(tar: Path, index: ShardIndex, samples: Sequence[int], workers: int, report: CheckReport) -> None:
+    """Decode `samples` of a shard and note what is wrong with them."""
+    if holds_videos(index.head):
+        report.kind = "video"
+        found = check_videos(tar, index, samples, workers, report.span_s, report.measured)
+    else:
+        found = check_pictures(tar, index, samples, workers)
+    for sample, problem in found:
+        if problem:
+            report.problems.append(f"{tar.name}/{index.key(sample)}: {problem}")
+        else:
+            report.num_decoded += 1
 
 
-def _decode_one(file: int, index: ShardIndex, sample: int) -> str | None:
-    """Return what is wrong with one sample, or None."""
-    members = {extension: os.pread(file, size, offset) for extension, offset, size in index.members(sample)}
-    try:
-        class_label(members)
-        decode_rgb(picture(members))
-    except DecodeError as error:
-        return str(error)
-    return None
+def holds_videos(head: IndexHead) -> bool:
+    """Whether a shard's samples are videos, by their members."""
+    return any(extension in VIDEO_EXTENSIONS for extension in head.extensions)
+
+
+def _spread(number: int, sample: int | None) -> Sequence[int]:
+    """Return all of `number` places, or `sample` of them spread evenly."""
+    if sample is None or sample >= number:
+        return range(number)
+    return [int((i + 0.5) * number / sample) for i in range(sample)]
 
 
 def _check_whole(

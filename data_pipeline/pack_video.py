@@ -17,10 +17,17 @@ from data_pipeline.pack_kinds import Checked, SampleKind
 from data_pipeline.sources import SourceSample
 from data_pipeline.sources.kinetics import read_kinetics
 from data_pipeline.sources.ssv2 import read_ssv2
-from data_pipeline.video_inspect import Encoding, Finding, Inspection, digest_of
+from data_pipeline.video_inspect import (
+    DEFAULT_SPAN_S,
+    FACTS_EXTENSION,
+    Encoding,
+    Finding,
+    Inspection,
+    describe,
+    digest_of,
+    measures,
+)
 from data_pipeline.video_processes import inspect_all
-
-FACTS_EXTENSION = "json"
 
 Lists = Sequence[str | os.PathLike[str]]
 
@@ -33,8 +40,12 @@ class VideoPackOptions:
     """Encode anew; None keeps the bytes."""
     time_limit_s: float = 600
     """A video that takes longer to decode, and to encode, is left out."""
-    span_s: float = 16 * 4 / 30
-    """Videos shorter than this are counted; the default is a clip of 16 frames, every 4th at 30 a second."""
+    span_s: float = DEFAULT_SPAN_S
+    """Videos shorter than this are counted."""
+
+    def __post_init__(self) -> None:
+        if self.time_limit_s <= 0:
+            raise ValueError(f"time_limit_s is {self.time_limit_s}; it is in seconds, above 0.")
 
 
 def pack_kinetics(
@@ -116,25 +127,12 @@ def _checked(sample: SourceSample, task: Inspection, finding: Finding, options: 
             return Checked({}, "it was changed while it was being packed")
     else:
         content, extension = Path(task.out).read_bytes(), "mp4"
-    measured = {
-        "seconds": finding.facts.duration_s,
-        "short": finding.facts.duration_s < options.span_s,
-        "variable_rate": finding.original.is_variable,
-        "rotated": finding.original.rotation != 0,
-        "encoded": task.out is not None,
-        "source_bytes": sample.size,
-    }
-    facts = json.dumps(asdict(finding.facts)).encode()
-    return Checked({extension: content, FACTS_EXTENSION: facts}, None, {k: float(v) for k, v in measured.items()})
+    measured = measures(finding.facts, finding.original, options.span_s)
+    if task.out is not None:
+        measured["source_bytes"] = float(sample.size)
+    return Checked({extension: content, FACTS_EXTENSION: json.dumps(asdict(finding.facts)).encode()}, None, measured)
 
 
 def _tell(options: VideoPackOptions, measured: Mapping[str, float]) -> list[str]:
-    hours, short = measured["seconds"] / 3600, measured["short"]
-    variable, rotated = measured["variable_rate"], measured["rotated"]
-    lines = [
-        f"{hours:.2f} hours; {short:.0f} shorter than {options.span_s:.2f} s, {variable:.0f} of variable rate, "
-        f"{rotated:.0f} rotated"
-    ]
-    if measured["encoded"]:
-        lines.append(f"encoded anew from {measured['source_bytes']:,.0f} bytes")
-    return lines
+    encoded = [f"encoded anew from {measured['source_bytes']:,.0f} bytes"] if options.encoding else []
+    return [describe(measured, options.span_s), *encoded]

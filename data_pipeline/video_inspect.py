@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,6 +17,12 @@ from data_pipeline.video_decode import Video, VideoFacts
 
 CLOCK = 90_000
 """Ticks a second of the times in a video that was encoded here: exact for all usual rates, finer than any frame."""
+
+FACTS_EXTENSION = "json"
+"""The member of a packed sample that holds its VideoFacts."""
+
+DEFAULT_SPAN_S = 16 * 4 / 30
+"""A clip of 16 frames, every 4th at 30 a second; of a shorter video the last frame is held."""
 
 MOST_BYTES = 2_000_000_000
 """A larger file is refused: training reads a sample whole."""
@@ -31,6 +38,14 @@ class Encoding:
     """Frames from key frame to key frame at most: what has to be decoded before a wanted frame."""
     crf: int = 20
     """x264's constant rate factor; lower is better and larger."""
+
+    def __post_init__(self) -> None:
+        if self.short_side is not None and self.short_side < 16:
+            raise ValueError(
+                f"short_side is {self.short_side}; videos of less than 16 pixels hold nothing: 256 or 320."
+            )
+        if self.gop < 1:
+            raise ValueError(f"gop is {self.gop}; it counts frames from key frame to key frame, 1 or more: 24.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,23 @@ def inspect(task: Inspection) -> Finding:
         return Finding(f"it cannot be read: {error}")
     except MemoryError:
         return Finding("decoding it takes more memory than there is")
+
+
+def measures(facts: VideoFacts, original: VideoFacts, span_s: float) -> dict[str, float]:
+    """Return what is summed over many videos: seconds, and whether one is short, of variable rate, rotated."""
+    return {
+        "seconds": facts.duration_s,
+        "short": float(facts.duration_s < span_s),
+        "variable_rate": float(original.is_variable),
+        "rotated": float(original.rotation != 0),
+    }
+
+
+def describe(measured: Mapping[str, float], span_s: float) -> str:
+    """Tell the sums of `measures` in words."""
+    short, variable, rotated = (round(measured[name]) for name in ("short", "variable_rate", "rotated"))
+    hours = measured["seconds"] / 3600
+    return f"{hours:.2f} hours; {short} shorter than {span_s:.2f} s, {variable} of variable rate, {rotated} rotated"
 
 
 def digest_of(data: bytes) -> str:

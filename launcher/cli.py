@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from launcher import checkpoint_commands as checkpoints
 from launcher import commands
 from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_recipe, add_run_dir
+from launcher.data_commands import add_data
 from launcher.run_arguments import add_doctor, add_runs
 
 
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_results(group)
     _add_checkpoints(group)
     _add_prove_resume(group)
-    _add_data(group)
+    add_data(group)
     _add_bench(group)
     return parser
 
@@ -177,37 +178,6 @@ def _add_prove_resume(group: "argparse._SubParsersAction") -> None:
     prove.add_argument("--work", metavar="DIR", help="where the temporary runs lie (the recipe's output_dir)")
     prove.add_argument("--keep", action="store_true", help="keep them; without it they are removed on success")
     add_json(prove)
-
-
-def _add_data(group: "argparse._SubParsersAction") -> None:
-    data = group.add_parser("data", help="write and check tar shards").add_subparsers(
-        dest="subcommand", metavar="COMMAND", required=True
-    )
-    pack = add_command(
-        data,
-        "pack",
-        commands.data_pack,
-        "pack a data set into tar shards with an index and a manifest",
-        "mvit data pack imagefolder photos shards",
-    )
-    pack.add_argument("source", choices=("imagefolder", "digits"), help="kind of data set")
-    pack.add_argument("src", nargs="?", metavar="SRC", help="imagefolder: a tree [split/]class/picture")
-    pack.add_argument("out", metavar="OUT", help="folder to write; it gets one folder per split")
-    pack.add_argument("--layout", choices=("auto", "splits", "classes"), default="auto", help="what SRC's folders are")
-    pack.add_argument("--holdout", type=float, default=0.0, metavar="PART", help="part of each class for validation")
-    pack.add_argument("--max-samples", type=int, metavar="N", help="most samples in a shard")
-    pack.add_argument("--max-bytes", type=int, metavar="N", help="size at which a shard is closed")
-    pack.add_argument("--seed", type=int, metavar="N", help="seeds the order of the samples")
-    pack.add_argument("--workers", type=int, metavar="N", help="threads that decode for checking")
-    pack.add_argument("--strict", action="store_true", help="stop at the first file that is no readable picture")
-    pack.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    add_json(pack)
-
-    check = add_command(
-        data, "check", commands.data_check, "verify every byte of packed shards", "mvit data check shards/train"
-    )
-    check.add_argument("shards", metavar="SHARDS", help="a folder that `mvit data pack` wrote")
-    add_json(check)
 
 
 def _add_bench(group: "argparse._SubParsersAction") -> None:

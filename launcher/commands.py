@@ -158,43 +158,6 @@ def prove_resume(args: Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
-def data_pack(args: Namespace) -> int:
-    """Pack a data set into shards."""
-    from data_pipeline.pack import PackOptions, pack_digits, pack_imagefolder
-    from mvit.progress import counting
-
-    given = {name: getattr(args, name) for name in ("max_samples", "max_bytes", "seed", "workers")}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if args.source == "imagefolder":
-        options = PackOptions(**chosen, strict=args.strict, overwrite=args.overwrite)
-        if args.src is None:
-            raise ValueError("`mvit data pack imagefolder` takes two folders: SRC, which holds the classes, and OUT.")
-        with counting(args.json) as count:
-            report = pack_imagefolder(
-                args.src, args.out, layout=args.layout, holdout=args.holdout, options=options, progress=count
-            )
-    else:
-        if args.src is not None:
-            raise ValueError("`mvit data pack digits` takes one folder, OUT: the data ships with scikit-learn.")
-        digits = {"max_samples": 256} | chosen
-        options = PackOptions(**digits, strict=args.strict, overwrite=args.overwrite)
-        with counting(args.json) as count:
-            report = pack_digits(args.out, options=options, progress=count)
-    print(json.dumps(report.as_dict()) if args.json else report)
-    return 0
-
-
-def data_check(args: Namespace) -> int:
-    """Verify shards; exit code 1 when something is wrong."""
-    from data_pipeline.check import check_shards
-    from mvit.progress import counting
-
-    with counting(args.json) as count:
-        report = check_shards(args.shards, progress=count)
-    print(json.dumps(report.as_dict()) if args.json else report)
-    return 0 if report.ok else 1
-
-
 def bench_model(args: Namespace) -> int:
     """Time a model."""
     from mvit.benchmark import bench_model
