@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mvit.config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mvit.distributed import RankInfo
     from mvit.model.backbone import MViT
 
@@ -73,29 +75,55 @@ def check_start(before: RunConfig, config: RunConfig) -> None:
             f"{old.num_classes} classes; set model.new_head=true to start a new classifier, or "
             f"model.num_classes={old.num_classes}"
         )
-    same = old.resolved_variant() == new.resolved_variant()
-    if same and all(getattr(old, key) == getattr(new, key) for key in _SHAPING):
+    same = old.resolved_variant() == new.resolved_variant() and all(
+        getattr(old, k) == getattr(new, k) for k in _SHAPING
+    )
+    if same and before.task == config.task:
         return
+    if len(before.input_size) > len(config.input_size):
+        raise ConfigError(
+            f"{config.name}: classifies images, but it starts from {before.name}, which classifies clips; image "
+            "weights can start a model of clips, there is no rule for the other way round"
+        )
     theirs, ours = _parameters(before), _parameters(config)
-    wrong = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    if len(before.input_size) < len(config.input_size):
+        theirs = _inflated(theirs, ours, before, config)
+    wrong = sorted(name for name in theirs.keys() | ours.keys() if _shape(theirs, name) != _shape(ours, name))
     if wrong:
+        kinds = "" if before.task == config.task else "; for images and for clips null means another expand in large"
         raise ConfigError(
             f"{config.name}: its network cannot start from {before.name}: {len(wrong)} parameters differ, {wrong[0]} "
-            f"for one; give both recipes the same model section (variant {old.variant} and {new.variant})"
+            f"for one; give both recipes the same model section (variant {old.variant} and {new.variant}){kinds}"
         )
 
 
-def _parameters(config: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Return each parameter's shape, () for the tables that are resized; the head is judged by its classes."""
+def _parameters(config: RunConfig) -> "dict[str, Tensor]":
+    """Return the parameters of a recipe's network, without memory, but the head, which is judged by its classes."""
     import torch
 
     from mvit.tasks import create_task
 
     with torch.device("meta"):
         model: MViT = create_task(config).build_model()  # pyright: ignore[reportAssignmentType]
-    resized = ("rel_pos_", "pos_embed")
-    return {
-        name: () if any(part in name for part in resized) else tuple(p.shape)
-        for name, p in model.named_parameters()
-        if not name.startswith("head.projection.")
-    }
+    return {name: p for name, p in model.named_parameters() if not name.startswith("head.projection.")}
+
+
+def _inflated(
+    theirs: "dict[str, Tensor]", ours: "dict[str, Tensor]", before: RunConfig, config: RunConfig
+) -> "dict[str, Tensor]":
+    """Return an image network's parameters once they are inflated for clips, and what then starts anew."""
+    from mvit.model.inflation import inflate_state, starts_anew
+
+    try:
+        inflated, _ = inflate_state(theirs, ours, config.model.inflation)
+    except ValueError as error:
+        raise ConfigError(f"{config.name}: cannot start from {before.name}: {error}") from None
+    return {name: parameter for name, parameter in ours.items() if starts_anew(name)} | inflated
+
+
+def _shape(parameters: "dict[str, Tensor]", name: str) -> tuple[int, ...] | None:
+    """Return a parameter's shape, () for the tables, which are resized, None if it is not there."""
+    if name not in parameters:
+        return None
+    resized = any(part in name for part in ("rel_pos_", "pos_embed"))
+    return () if resized else tuple(parameters[name].shape)

@@ -72,6 +72,30 @@ def test_another_network_is_refused_and_another_way_to_say_the_same_is_not() -> 
             check_start(before, _config(**other))
 
 
+def _clips(**model: Any) -> RunConfig:
+    config = _config(**model)
+    return RunConfig.model_validate({"name": config.name, "task": "video_classification", "model": config.model})
+
+
+def test_clips_start_from_images_where_inflation_can_and_the_other_way_round_is_refused() -> None:
+    images = _config(name="pre")
+    check_start(images, _clips())  # with a class token of its own
+    check_start(images, _clips(class_token=False, inflation="repeat"))
+    check_start(_config(name="pre", class_token=True), _clips())
+    with pytest.raises(ConfigError, match="classifies images, but it starts from pre, which classifies clips"):
+        check_start(_clips(name="pre"), _config())
+    with pytest.raises(ConfigError, match="cls_token for one"):
+        check_start(_config(name="pre", class_token=True), _clips(class_token=False))
+    large = _config(name="pre", variant="mvitv2_large")
+    with pytest.raises(ConfigError, match="for images and for clips null means another expand in large"):
+        check_start(large, _clips(variant="mvitv2_large"))
+    check_start(large, _clips(variant="mvitv2_large", expand="mlp"))
+    with pytest.raises(ConfigError, match=r"cannot start from pre: .*absolute positions .* cannot be inflated"):
+        check_start(_config(name="pre", absolute_positions=True), _clips(absolute_positions=True))
+    with pytest.raises(ConfigError, match="its network cannot start from pre"):
+        check_start(images, _clips(variant="mvitv2_small"))
+
+
 # --- on many ranks --------------------------------------------------------------------------------------------
 
 
