@@ -104,7 +104,7 @@ def test_a_resume_without_a_bug_is_bit_identical(resumes: Resumes) -> None:
     assert (verdict.ok, verdict.resumed_from) == (True, SAVED)
     assert resumes.trace("killed").last_step == KILL_AT - 1
     kinds = set(resumes.trace("none").ranks[0].steps[STEPS].facts)
-    assert kinds == set(CAUSAL_ORDER)
+    assert kinds == set(CAUSAL_ORDER) - {"momentum_buffer"}  # SGD's
 
 
 @pytest.mark.timeout(900)
