@@ -2,6 +2,8 @@
 
 import pickle
 import random
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,20 @@ from pydantic import ValidationError
 
 from data_pipeline.augment import ClipRandAugment
 from data_pipeline.decode import DecodeError
+from data_pipeline.loader import DataConfig, TrainLoader
 from data_pipeline.reads import Item
-from data_pipeline.video import VideoConfig, VideoTransform, collate_videos, evaluation_frames, training_frames
+from data_pipeline.shards import open_shards
+from data_pipeline.video import (
+    VIDEO_MEMBERS,
+    VideoConfig,
+    VideoTransform,
+    collate_videos,
+    evaluation_frames,
+    training_frames,
+)
 from data_pipeline.video_decode import Video
 from tests.data_pipeline.clips import clip, scene
+from tests.data_pipeline.pictures import write_shards
 
 SMALL = {"image_size": (32, 32), "num_frames": 4, "short_side": 36}
 PLAIN = {"rand_augment": None, "hflip_prob": 0.0}
@@ -215,3 +227,32 @@ def test_what_is_no_video_is_a_bad_sample() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, object], told: str) -> None:
     with pytest.raises(ValidationError, match=told):
         VideoConfig(**wrong)
+
+
+def test_workers_change_no_clip_and_replace_a_broken_video_in_all_its_repeats(tmp_path: Path) -> None:
+    samples = [sample(clip(20 + i), i % 3) for i in range(5)]
+    samples[2]["mp4"] = samples[2]["mp4"][:600]
+    shards = open_shards(write_shards(tmp_path, samples, 3), required=VIDEO_MEMBERS)
+    batches = []
+    for workers in (0, 2):
+        loader = TrainLoader(
+            shards,
+            VideoTransform(VideoConfig(**SMALL), train=True),
+            collate_videos,
+            DataConfig(num_workers=workers, max_bad_samples=1, pin_memory=False),
+            seed=1,
+            global_batch_size=4,
+            micro_batch_size=2,
+            rank=0,
+            world_size=1,
+            repeats=2,
+        )
+        batches.append(list(islice(loader.start(), 10)))
+        assert loader.num_bad == 1
+        loader.close()
+    for alone, worked in zip(*batches, strict=True):
+        assert alone.keys == worked.keys
+        assert torch.equal(alone.clips, worked.clips)
+        assert alone.keys[0] == alone.keys[1]
+        assert not torch.equal(alone.clips[0], alone.clips[1])
+    assert all("000002" not in key for batch in batches[0] for key in batch.keys)
