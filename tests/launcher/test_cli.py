@@ -34,6 +34,7 @@ COMMANDS = [
     ["data", "pack"],
     ["data", "pack", "imagefolder"],
     ["data", "pack", "digits"],
+    ["data", "pack", "camera"],
     ["data", "pack", "kinetics"],
     ["data", "pack", "ssv2"],
     ["data", "check"],
