@@ -134,6 +134,7 @@ def encode(video: Video, encoding: Encoding, out: str) -> None:
         stream = container.add_stream("libx264", rate=max(rate, Fraction(1)), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.time_base = Fraction(1, CLOCK)
+        stream.codec_context.thread_count = 1
         ticks = np.rint(video.times * CLOCK).astype(np.int64).tolist()
         for tick, pixels in zip(ticks, video.every_frame((height, width)), strict=True):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")

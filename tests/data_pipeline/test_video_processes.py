@@ -94,6 +94,18 @@ def test_an_error_that_nobody_thought_of_is_a_finding(tmp_path: Path) -> None:
     assert finding.problem == "KeyError: 'nobody thought of this'"
 
 
+def test_a_slow_video_holds_up_neither_the_others_nor_what_comes_after_it() -> None:
+    tasks = [Inspection("slow" if number == 0 else str(number)) for number in range(30)]
+    found = list(inspect_all(tasks, workers=2, work=_dawdle))
+    assert [task for task, _ in found] == tasks
+    assert [finding.problem for _, finding in found] == [task.path for task in tasks]
+
+
+def _dawdle(task: Inspection) -> Finding:
+    time.sleep(2 if task.path == "slow" else 0)
+    return Finding(task.path)
+
+
 def _stumble(task: Inspection) -> Finding:
     raise KeyError("nobody thought of this")
 
