@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launcher.cluster import ClusterConfig
     from mvit.trainer import TrainResult
 
-_SUBJECT = "evaluates"  # key of run.json that makes a job evaluate instead of train
+SUBJECT = "evaluates"  # key of run.json that makes a job evaluate instead of train
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def create_evaluation(subject: RunFolder, name: str, command: Sequence[str], clu
     shutil.rmtree(folder.path, ignore_errors=True)  # of an earlier submission of a run that never saved anything
     settings = cluster.model_dump(mode="json", exclude_defaults=True)
     code_sha256 = str(subject.identity()["code_sha256"])
-    claim(folder, describe_run(name, command, code_sha256, settings) | {_SUBJECT: str(subject.path)})
+    claim(folder, describe_run(name, command, code_sha256, settings) | {SUBJECT: str(subject.path)})
     folder.code_dir.symlink_to(Path("..") / subject.code_dir.name)
     shutil.copy(subject.config_file, folder.config_file)
     return folder
@@ -52,7 +52,7 @@ def create_evaluation(subject: RunFolder, name: str, command: Sequence[str], clu
 
 def evaluates(folder: RunFolder) -> bool:
     """Say whether a run folder is that of an evaluation."""
-    return _SUBJECT in folder.identity()
+    return SUBJECT in folder.identity()
 
 
 def run_evaluation(folder: RunFolder, life: Life, rank: int, stop_requested: Callable[[], bool]) -> "TrainResult":
@@ -64,7 +64,7 @@ def run_evaluation(folder: RunFolder, life: Life, rank: int, stop_requested: Cal
     from mvit import distributed
     from mvit.starting_weights import trained_weights
 
-    evaluation = Evaluation(RunFolder(Path(folder.identity()[_SUBJECT])))
+    evaluation = Evaluation(RunFolder(Path(folder.identity()[SUBJECT])))
     life.beat(0, "start")
     trained = trained_weights(evaluation.subject.path, distributed.start())
     try:
@@ -92,6 +92,9 @@ def run_evaluation(folder: RunFolder, life: Life, rank: int, stop_requested: Cal
             "time": time.time(),
         }
         write_json(evaluation.result_file, result)
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        which = f"step {trained.step} of {evaluation.subject.path}, {result['weights']} weights"
+        print(f"evaluated {which}: {shown}", flush=True)
         append_json_line(
             folder.metrics_file, {"kind": "evaluate", "step": trained.step, "time": result["time"], **figures}
         )

@@ -62,8 +62,12 @@ def failure_text(run: RunFolder, attempt: int) -> str:
     failure = first_failure(run, attempt)
     if failure is not None:
         return f"{failure.headline}\n{failure.text}".rstrip()
-    tail = _submitit_tail(run, attempt)
-    return f"no rank left a record of a failure; see {run.attempt_dir(attempt)}" + (f"\n{tail}" if tail else "")
+    tail, folder = _submitit_tail(run, attempt), run.attempt_dir(attempt)
+    written = folder.is_dir() and any(folder.iterdir())
+    told = (
+        f"no rank left a record of a failure; see {folder}" if written else "no rank came so far as to leave a record"
+    )
+    return f"{told}\n{tail}" if tail else told
 
 
 def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks: dict[int, str]) -> Failure:

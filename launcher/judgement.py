@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.failure import first_failure
-from launcher.lives import is_alive_record
+from launcher.lives import is_alive_record, record_cancelled, unrecorded_cancel
 from launcher.processes import identity_from, is_alive, is_local
 from launcher.run_folder import RunFolder
-from launcher.slurm_queue import NEVER_SATISFIED, SlurmJob, SlurmQueue, end_in_words, final_state
+from launcher.slurm_queue import CANCELLED, SlurmJob, SlurmQueue, end_in_words, final_state
 
 State = Literal["pending", "running", "stopped", "failed", "finished"]
 AT_REST = ("stopped", "failed", "finished")
+
+_WAY_ON = ". Go on with: "
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Judgement:
     executor: str  # local | slurm | inline (`mvit train`) | none
     job_id: str | None
     slurm: SlurmJob | None = None  # what squeue says, where it was asked
+    resume_first: tuple[str, ...] | None = None  # of a job whose chain broke before its turn: the runs to resume before
+    unrecorded_end: dict[str, Any] | None = None  # of a job that was cancelled in Slurm: the event that nobody wrote
 
     @property
     def at_rest(self) -> bool:
@@ -42,23 +46,39 @@ def judge(run: RunFolder, queue: SlurmQueue | None = None) -> Judgement:
     latest = [event for event in events if event["attempt"] == attempt]
     facts = {key: value for event in latest for key, value in event.items()}
     executor, job_id = str(facts.get("executor", "none")), facts.get("job_id")
-    end = last_end(latest)
-    slurm = None
+    end, kinds = last_end(latest), {event["event"] for event in latest}
+    slurm: SlurmJob | None = None
+    resume_first: tuple[str, ...] | None = None
+    state: State
     if not latest:
         state, detail = "failed", "its submission was not completed: no attempt is recorded"
     elif end is not None and not end.get("requeued"):
         state, detail = end["cause"], end.get("detail") or ""
+        if end.get("kind") == "cancelled" and executor == "slurm" and "start" in kinds and "saved" not in detail:
+            detail = f"{detail}; {_newest_checkpoint(run)}"  # its ranks may have saved since that was written
     else:
         if executor == "slurm":
             slurm = (queue or SlurmQueue()).job(str(job_id))
             state, detail = _state_in_slurm(run, attempt, latest, slurm)
+            if slurm is not None and slurm.is_gone and (broken := _chain_broken(run, latest)) is not None:
+                state, (detail, resume_first) = "failed", broken
         elif end is not None:
             state, detail = "pending", f"requeued: {end.get('detail')}"
         else:
             state, detail = _state_of_processes(run, attempt, latest, facts)
         if state in AT_REST and len(run.events()) > len(events):
             return judge(run, queue)  # it wrote its end between our looking at the records and at the processes
-    return Judgement(state, detail, attempt, executor, job_id, slurm)
+    unrecorded = None
+    if slurm is not None and slurm.is_gone and state == "stopped":
+        unrecorded = unrecorded_cancel(run, attempt, slurm.job_id)
+    return Judgement(state, detail, attempt, executor, job_id, slurm, resume_first, unrecorded)
+
+
+def record_unrecorded_end(run: RunFolder) -> None:
+    """Append the end of a run's last attempt if it was cancelled in Slurm and nobody has."""
+    now = judge(run)
+    if now.unrecorded_end is not None:
+        record_cancelled(run, now.attempt, str(now.job_id))
 
 
 def last_end(events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -95,28 +115,33 @@ def _state_in_slurm(
             return "pending", f"{_requeued(end)}; {why}"
         return ("running" if started else "pending"), why
     if slurm.is_gone:
-        broken = _chain_broken(run, latest)
-        return ("failed", broken) if broken else _left_the_queue(run, attempt, slurm.job_id, end)
+        return _left_the_queue(run, attempt, slurm.job_id, end)
     if end is None:
         # with a start and no end, Slurm requeued it by itself
         return ("pending" if slurm.waits else "running"), slurm.in_words(first_life=not started)
     told = slurm.in_words(first_life=False)
-    if slurm.began_after(end["time"]):
+    if slurm.began_after(end.get("ended", end["time"])):
         return "running", f"{told}; the life after attempt {attempt} is starting"
     return "pending", f"{_requeued(end)}; {told if slurm.waits else 'it is on its way into the queue'}"
 
 
-def _chain_broken(run: RunFolder, latest: list[dict[str, Any]]) -> str | None:
-    """Say that Slurm dropped a job because the run it waited for did not finish; None if that is not why it is gone."""
+def _chain_broken(run: RunFolder, latest: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]] | None:
+    """Say that Slurm dropped a job because the run it waited for did not finish, and which runs to resume before it.
+
+    None if that is not why it is gone.
+    """
     after = next((event["after"] for event in latest if event.get("after")), None)
     if after is None or after["job_id"] is None or any(event["event"] == "start" for event in latest):
         return None
     before = judge(RunFolder(Path(after["run_dir"])))
     if before.job_id == after["job_id"] and before.state not in ("stopped", "failed"):
         return None
-    now = f"{after['run_dir']} is {before.state}" + (f" ({before.detail})" if before.detail else "")
-    first = "" if before.state == "finished" or not before.at_rest else f"mvit resume {after['run_dir']}, then "
-    return f"the run it waited for did not finish: {now}. Go on with: {first}mvit resume {run.path}"
+    first = [*(before.resume_first or ()), *([after["run_dir"]] if before.state in ("stopped", "failed") else [])]
+    broke = first[0] if before.resume_first else after["run_dir"]  # the one that really broke the chain
+    cause = judge(RunFolder(Path(broke))) if before.resume_first else before
+    told = f"it never started: the run it waited for did not finish, {broke} is {cause.state}"
+    told += f": {cause.detail.partition(_WAY_ON)[0]}" if cause.detail else ""
+    return told + _WAY_ON + ", then ".join(f"mvit resume {path}" for path in (*first, run.path)), tuple(first)
 
 
 def _requeued(end: dict[str, Any]) -> str:
@@ -126,12 +151,16 @@ def _requeued(end: dict[str, Any]) -> str:
 def _left_the_queue(run: RunFolder, attempt: int, job_id: str, end: dict[str, Any] | None) -> tuple[State, str]:
     """Judge a Slurm job that is no longer in the queue and left no final record."""
     word = final_state(job_id)
-    if word in ("CANCELLED", NEVER_SATISFIED):
-        step = run.checkpoint_step()
-        return "stopped", f"{end_in_words(word)}; {f'the newest checkpoint is of step {step}' if step else 'not saved'}"
+    if word in CANCELLED:
+        return "stopped", f"{end_in_words(word)}; {_newest_checkpoint(run)}"
     failure = None if end is not None else first_failure(run, attempt)
     unrecorded = f"{end_in_words(word)}; it left no final record"
     return "failed", unrecorded if failure is None else f"{failure.headline} ({unrecorded})"
+
+
+def _newest_checkpoint(run: RunFolder) -> str:
+    step = run.checkpoint_step()
+    return f"the newest checkpoint is of step {step}" if step else "not saved"
 
 
 def _state_of_processes(

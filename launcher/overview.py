@@ -16,7 +16,7 @@ _NAMED = 5  # runs that an error names
 _DEPTH = 3  # folders below `runs` that are looked through: output_dir may be runs/sweep/seed
 _ORDER = ("running", "pending", "failed", "stopped", "finished")
 _HEADER = ("run", "state", "attempt", "step", "%", "samples/s", "loss", "ETA", "goodput", "job")
-_CLEAR = "\x1b[H\x1b[2J\x1b[3J"
+_CLEAR = "\x1b[H\x1b[2J"  # the screen, not what was scrolled off it
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.evaluation_job import Evaluation
+from launcher.evaluation_job import SUBJECT, Evaluation
 from launcher.judgement import AT_REST, Judgement, State, judge, last_end, poll_interval_s
 from launcher.run_folder import RunFolder, parse_json_line, read_record
 from launcher.slurm_queue import SlurmQueue
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mvit.ledger import Account
 
 _NOT_SHOWN = ("kind", "time", "step", "total_steps", "eta_s")
+_OF_THE_LEDGER = ("ettr", "mttf_h", "checkpoint_overhead", "lost_gpu_hours")  # older than what is said of it below
 _BLOCK = 1 << 18  # bytes read at once from the end of metrics.jsonl
 _MOST_BLOCKS = 32  # a run that never evaluates is not read to its beginning
 
@@ -43,6 +44,9 @@ class RunState:
     evaluation: dict[str, Any]  # the last `evaluate` record of the training
     evaluation_ema: dict[str, Any]  # the last of the averaged weights
     evaluation_job: dict[str, Any]  # what the last job of its chain found: step, checkpoint, weights, figures, time
+    evaluates: str  # the run that this job evaluates; empty for one that trains
+    stop_requested: bool  # by `mvit stop`, and it has not ended yet
+    resume_first: list[str] | None  # of a job whose chain broke before its turn: the runs to resume before it
     excluded: list[dict[str, Any]]  # nodes that later lives avoid: host, until (seconds since the epoch), why
     last_end: dict[str, Any]  # of the last life that ended: attempt, time, kind, cause, detail, reason, rank, host
     ledger: dict[str, Any]  # where the time went: `Account` of mvit/ledger.py
@@ -57,6 +61,8 @@ class RunState:
 
     @property
     def headline(self) -> str:
+        if self.resume_first is not None:  # what it says of another run has brackets of its own
+            return f"{self.name}: {self.state}: {self.detail}"
         return f"{self.name}: {self.state}" + (f" ({self.detail})" if self.detail else "")
 
     def __str__(self) -> str:
@@ -70,13 +76,22 @@ class RunState:
         lines = [f"attempt {self.attempt}, {self.executor}{job}{hosts}; {self.run_dir}"]
         if self.activity:
             lines.append(self.activity)
+        if self.stop_requested:
+            lines.append(
+                "asked to stop (`mvit stop`): it saves after a step, its first one if it is starting, and ends"
+            )
         total, saved = "", "no checkpoint yet"
         if self.total_steps:
             total = f" of {self.total_steps} ({self.step / self.total_steps:.0%})"
         if self.checkpoint_step:
             saved = f"last checkpoint at step {self.checkpoint_step}"
-        lines.append(f"step {self.step}{total}, {saved}" + (f", {eta_text(self.eta_s)}" if self.eta_s else ""))
+        if self.evaluates:
+            lines.append(f"evaluates {f'step {self.step} of ' if self.step else ''}{self.evaluates}")
+        else:
+            lines.append(f"step {self.step}{total}, {saved}" + (f", {eta_text(self.eta_s)}" if self.eta_s else ""))
         evaluated = f"evaluation in training at step {self.evaluation.get('step')}"
+        if self.evaluates:
+            evaluated = "figures"
         averaged = f"evaluation in training at step {self.evaluation_ema.get('step')}, averaged weights"
         own_job = (
             f"evaluation by a job of its own at step {self.evaluation_job.get('step')}, "
@@ -89,7 +104,7 @@ class RunState:
             own_job: self.evaluation_job.get("figures", {}),
         }
         for title, record in records.items():
-            shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in _NOT_SHOWN)
+            shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in (*_NOT_SHOWN, *_OF_THE_LEDGER)
             if shown:
                 lines.append(f"{title}: {shown}")
         if self.where_time_went:
@@ -114,9 +129,19 @@ def run_state(run_dir: str | Path, queue: SlurmQueue | None = None) -> RunState:
     identity = run.identity()
     judgement = judge(run, queue)
     events = run.events()
+    if judgement.unrecorded_end is not None:
+        events.append(judgement.unrecorded_end)  # as `mvit resume` will write it
     records = newest_records(run.metrics_file)
     train, evaluation = records.get("train", {}), records.get("evaluate", {})
-    starts = [event for event in events if event["event"] == "start"]
+    latest = [event for event in events if event["attempt"] == judgement.attempt]
+    start = next((event for event in latest if event["event"] == "start"), None)
+    if not judgement.at_rest and (judgement.state == "pending" or last_end(latest) is not None):
+        start = None  # of the life before: the one that is to come has no nodes yet
+    subject = str(identity.get(SUBJECT, ""))
+    step = int(train.get("step", 0))
+    if subject:  # while it has not begun, nobody knows yet which checkpoint that will be
+        finished = RunFolder(Path(subject)).checkpoint_step() if judgement.state == "running" else 0
+        step = int(evaluation.get("step", finished))
     where = account(events, _end_of(events, judgement, now))
     activity = _activity(run, judgement, events, train, now)
     return RunState(
@@ -127,9 +152,9 @@ def run_state(run_dir: str | Path, queue: SlurmQueue | None = None) -> RunState:
         attempt=judgement.attempt,
         executor=judgement.executor,
         job_id=judgement.job_id,
-        hosts=list(starts[-1].get("hosts") or []) if starts else [],
+        hosts=[] if start is None else list(start.get("hosts") or []),
         activity=activity,
-        step=int(train.get("step", 0)),
+        step=step,
         total_steps=train.get("total_steps"),
         checkpoint_step=run.checkpoint_step(),
         samples_per_s=train.get("samples_per_s"),
@@ -139,10 +164,13 @@ def run_state(run_dir: str | Path, queue: SlurmQueue | None = None) -> RunState:
         evaluation=evaluation,
         evaluation_ema=records.get("evaluate_ema", {}),
         evaluation_job=read_record(Evaluation(run).result_file) or {},
+        evaluates=subject,
+        stop_requested=not judgement.at_rest and run.stop_file(judgement.attempt).exists(),
+        resume_first=None if judgement.resume_first is None else list(judgement.resume_first),
         excluded=excluded_nodes(events, now),
         last_end=last_end(events) or {},
         ledger=json.loads(json.dumps(where.to_dict())) if where.lives else {},  # lists, as a reader of --json has them
-        where_time_went=_where_time_went(where),
+        where_time_went="" if subject else _where_time_went(where),
     )
 
 
@@ -220,13 +248,16 @@ def _activity(
         return f"{waits} for {_seconds(now - latest[-1]['time'])}"
     if max(train.get("time", 0.0), by_kind.get("progress", since)["time"]) > since["time"]:
         return ""
+    if SUBJECT in run.identity():
+        where = _slowest(run, judgement.attempt)
+        return f"at work for {_seconds(now - since['time'])}: its figures come at the end{where}"
     step = since.get("checkpoint_step")
     if "first_step" in by_kind:
         doing = "training, nothing logged yet"
     elif "restored" in by_kind:
         doing = "its first step"
     else:
-        doing = f"restoring the checkpoint of step {step}" if step else "building model and data"
+        doing = "imports, process group, model, data" + (f", checkpoint of step {step}" if step else "")
     return f"starting for {_seconds(now - since['time'])}: {doing}{_slowest(run, judgement.attempt)}"
 
 

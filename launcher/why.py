@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.ending import classify
+from launcher.evaluation_job import SUBJECT
 from launcher.failure import failure_text, first_failure
 from launcher.fired_faults import FiredFault, fired_faults
 from launcher.judgement import Judgement, judge, last_end
@@ -19,6 +20,7 @@ from launcher.slurm_queue import SlurmQueue
 from launcher.status import RunState, excluded_nodes
 
 _TIME = "%Y-%m-%d %H:%M:%S"
+NEVER = "never started"  # instead of the kind of an end, of a job whose chain broke before its turn
 _NO_RANK_S_FAULT = ("hung", "preempted", "fenced")  # what ranks then say is of their being ended
 
 
@@ -42,6 +44,7 @@ class Explanation:
 
     run_dir: str
     name: str
+    evaluates: str  # the run that this job evaluates; empty for one that trains
     state: str
     detail: str
     attempt: int | None  # the life explained; None while no life has ended
@@ -54,6 +57,7 @@ class Explanation:
     num_stacks: int  # ranks whose stacks were dumped
     out_of_memory: str  # of a rank killed by SIGKILL: what the kernel's log says, or where to look
     excluded: list[dict[str, Any]]  # nodes that later lives avoid: host, until, why
+    resume_first: list[str]  # of a job whose chain broke before its turn: the runs to resume before it
     history: list[LifeLine]
 
     def to_dict(self) -> dict[str, object]:
@@ -61,6 +65,8 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.name}: {self.state}"]
+        if self.evaluates:
+            lines.append(f"  evaluates {self.evaluates}")
         if self.detail and self.detail != self.end.get("detail"):
             lines.append(f"  {self.detail}")
         if self.attempt is None:
@@ -72,7 +78,9 @@ class Explanation:
     def _end_lines(self) -> list[str]:
         kind = self.end.get("kind") or self.end["cause"]
         when = "" if "time" not in self.end else time.strftime(f" on {_TIME}", time.localtime(self.end["time"]))
-        lines = [f"attempt {self.attempt} ended{when}: {kind}"]
+        lines = [
+            f"attempt {self.attempt} never started" if kind == NEVER else f"attempt {self.attempt} ended{when}: {kind}"
+        ]
         if detail := self.end.get("detail"):
             lines.append(f"  {detail}")
         failure = self.first_failure
@@ -101,6 +109,8 @@ class Explanation:
     def _decision_lines(self) -> list[str]:
         if self.end.get("kind") == "finished":
             return ["what followed: nothing is left to do"]
+        if self.end.get("kind") == NEVER:
+            return []  # its detail names the way on
         did = "requeued" if self.end.get("requeued") else "not requeued"
         if did == "not requeued" and any(life.attempt > (self.attempt or 0) for life in self.history):
             did = ""  # by itself: somebody resumed it, or Slurm requeued a job that could not ask for it any more
@@ -138,14 +148,18 @@ def explain(run_dir: str | Path, attempt: int | None = None, queue: SlurmQueue |
     end = {} if attempt is None else _end_of(run, attempt, events, judgement)
     hung = end.get("kind") == "hung"
     records = [] if attempt is None else run.rank_records(attempt)
-    failed = end.get("cause") == "failed" and end.get("kind") not in _NO_RANK_S_FAULT
+    failed = end.get("cause") == "failed" and end.get("kind") not in (*_NO_RANK_S_FAULT, NEVER)
     failure = _first_failure(run, attempt) if failed and attempt is not None else {}
     drills = fired_faults(run, records)
     drilled = any(drill.is_kill and drill.rank == failure.get("rank") for drill in drills)
     stacks = [] if attempt is None else sorted(run.attempt_dir(attempt).glob("rank_*.stacks.txt"))
+    history = _history(events, judgement, now)
+    if SUBJECT in run.identity():  # it makes no steps of its own: what it is told of is its subject's
+        history = [replace(line, first_step=None, last_step=None) for line in history]
     return Explanation(
         run_dir=str(run.path),
         name=name,
+        evaluates=str(run.identity().get(SUBJECT, "")),
         state=judgement.state,
         detail=judgement.detail,
         attempt=attempt,
@@ -158,7 +172,8 @@ def explain(run_dir: str | Path, attempt: int | None = None, queue: SlurmQueue |
         num_stacks=len(stacks),
         out_of_memory="" if drilled else _out_of_memory(records, failure, judgement),
         excluded=excluded_nodes(events, now),
-        history=_history(events, judgement, now),
+        resume_first=list(judgement.resume_first or ()),
+        history=history,
     )
 
 
@@ -168,6 +183,8 @@ def failure_details(run: RunFolder, state: RunState) -> str:
     A sentence that stands in the headline already is not repeated.
     """
     more = f"more: mvit why {run.path}"
+    if state.resume_first is not None:
+        return more
     if state.last_end.get("kind", "error") not in ("error", "killed"):
         return more
     first, _, rest = failure_text(run, state.attempt).partition("\n")
@@ -180,6 +197,8 @@ def _end_of(run: RunFolder, attempt: int, events: Sequence[dict[str, Any]], judg
     end = last_end([event for event in events if event["attempt"] == attempt])
     if end is not None:
         return end
+    if attempt == judgement.attempt and judgement.resume_first is not None:
+        return {"cause": judgement.state, "kind": NEVER, "detail": judgement.detail, "reason": ""}
     facts = classify(run, attempt, None).facts()
     if attempt != judgement.attempt:
         return facts
@@ -286,12 +305,19 @@ def _history(events: Sequence[dict[str, Any]], judgement: Judgement, now: float)
                 hosts=list(life.hosts),
                 first_step=life.first_step,
                 last_step=life.last_step,
-                kind=life.kind or (judgement.state if life.attempt == judgement.attempt else "lost"),
+                kind=life.kind or _unended(life.attempt, judgement),
                 detail=str(end.get("detail") or ""),
                 reason="" if life.kind == "finished" else str(end.get("reason") or ""),
             )
         )
     return lines
+
+
+def _unended(attempt: int, judgement: Judgement) -> str:
+    """Return what the history says of an attempt without an end on record."""
+    if attempt != judgement.attempt:
+        return "lost"
+    return judgement.state if judgement.resume_first is None else NEVER
 
 
 def _table(history: Sequence[LifeLine]) -> list[str]:

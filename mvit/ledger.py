@@ -165,7 +165,8 @@ class Account:
     def lost_hours(self) -> float:
         """Wall time that an undisturbed run would not have needed: the time of `lost_gpu_hours`, and queue and waiting
         for a person but for the first queue."""
-        waiting = self.queue_s + self.down_s - (self.lives[0].queue_s if self.lives else 0.0)
+        waiting = self.down_s + sum(life.queue_s for life in self.lives[1:])
+        waiting += sum(life.queue_after_s for life in self.lives)
         return (sum(seconds for _, seconds in self._lost_running()) + waiting) / 3600
 
     def _lost_running(self) -> list[tuple[Life, float]]:
@@ -227,13 +228,15 @@ class Account:
             "waiting for a person": self.down_s,
         }
         shown = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.05)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.ends.items())
+        lives = [life for life in self.lives if life.started]  # not a job that was cancelled in the queue
+        ends = Counter(life.kind for life in lives if life.kind is not None).most_common()
+        kinds = ", ".join(f"{count} {kind}" for kind, count in ends)
         devices = "GPU" if any(life.gpus for life in self.lives) else "CPU rank"
         lines = [
             f"goodput (ETTR) {_percent(self.ettr)} of {duration(self.wall_s)} since the first submission, "
             f"{_percent(self.ettr_running)} of the {duration(self.run_s)} it ran",
             f"time: {shown or 'none yet'}",
-            f"lives: {len(self.lives)}" + (f" ({kinds})" if kinds else ""),
+            f"lives: {len(lives)}" + (f" ({kinds})" if kinds else ""),
             f"saves: training waited {duration(self.stall_s)}, {_percent(self.checkpoint_overhead)} of the time it ran",
             f"lost: {self.lost_hours:.2f} h of wall time, {self.lost_gpu_hours:.2f} of {self.gpu_hours:.2f} "
             f"{devices}-hours",
@@ -315,7 +318,7 @@ def _life(record: Record, span: Span, kept_until: int | None) -> Life:
         start_s=start_s,
         restore_s=min(record.restore_s, start_s),
         productive_s=productive_s,
-        lost_s=train_s - productive_s,
+        lost_s=max(0.0, train_s - productive_s),  # rounded, their difference may be below
         stall_s=stall_s,
         evaluate_s=evaluate_s,
         tail_s=tail_s,

@@ -92,7 +92,7 @@ def test_a_run_whose_ranks_have_not_written_yet_says_what_it_does_instead(
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "empty so far: the run is running; starting for 4" in shown.err
-    assert " s: building model and data" in shown.err
+    assert " s: imports, process group, model, data" in shown.err
     log(run, 1, 0, "a word\n")
     assert main(["logs", str(run.path), "--lines", "0"]) == 0
     assert capfd.readouterr().err == ""

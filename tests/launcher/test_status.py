@@ -91,8 +91,8 @@ def test_the_result_of_the_chain_s_evaluation_is_told_from_those_in_training(
 @pytest.mark.parametrize(
     ("checkpoint", "done", "doing"),
     [
-        (40, [], "restoring the checkpoint of step 40"),
-        (0, [], "building model and data"),
+        (40, [], "imports, process group, model, data, checkpoint of step 40"),
+        (0, [], "imports, process group, model, data"),
         (40, ["restored"], "its first step"),
         (40, ["restored", "first_step"], "training, nothing logged yet"),
     ],
