@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo demo-video test check bench clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/python -m launcher.demo
 
+demo-video: setup
+	$(BIN)/python -m launcher.demo camera
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -35,4 +38,4 @@ bench: setup
 	$(BIN)/mvit bench data configs/demo/digits.yaml data.train=data/digits-bench/train
 
 clean:
-	rm -rf .venv data/digits data/digits-bench runs/digits
+	rm -rf .venv data/digits data/digits-bench data/camera runs/digits runs/camera

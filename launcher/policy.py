@@ -56,7 +56,7 @@ def decide(
     if ending.kind in ("signalled", "preempted"):
         return Decision(True, "preemptions and time limits are free")
     lives = _without_progress(history, attempt, step_now)
-    before = next((life for life in lives if life["kind"] in CRASHES), None)
+    before = _crash_before(history, attempt)
     if (
         before is not None
         and _is_code(ending)
@@ -73,6 +73,16 @@ def decide(
         return _within(count, budgets.max_node_faults, "node fault", "max_node_faults")
     count = 1 + sum(life["kind"] in CRASHES for life in lives)
     return _within(count, budgets.max_crashes, "crash", "max_failures_without_progress")
+
+
+def _crash_before(history: Sequence[Mapping[str, Any]], current: int) -> Mapping[str, Any] | None:
+    """Return the end of the newest life before `current` that crashed.
+
+    Whether a checkpoint was published since does not matter: one of a step before the error's helps no more than none.
+    """
+    ends = {event["attempt"]: event for event in history if event["event"] == "end" and event["attempt"] < current}
+    crashed = [attempt for attempt, end in ends.items() if end.get("kind", end["cause"]) in CRASHES]
+    return ends[max(crashed)] if crashed else None
 
 
 def _is_code(ending: Ending) -> bool:

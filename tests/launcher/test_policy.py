@@ -120,6 +120,13 @@ def test_a_life_that_left_no_start_is_counted_once() -> None:
     assert decide(Ending("killed", ""), _history(("killed", 10, {})), 2, 10, BUDGETS).requeue
 
 
+def test_a_checkpoint_before_the_step_of_the_error_does_not_make_it_another_one() -> None:
+    history = _history(("error", 0, {"error": "ValueError at f", "step": 11}), ("", 10, {}))
+    again = _decide(Ending("error", "", error="ValueError at f", step=11), history, 10)
+    assert not again.requeue
+    assert "the same error in step 12 as in life 1" in again.reason
+
+
 def test_the_same_error_counts_with_a_preemption_between() -> None:
     history = _history(("error", 10, {"error": "E", "step": 12}), ("preempted", 10, {}), ("", 10, {}))
     assert not _decide(Ending("error", "", error="E", step=12), history, 10).requeue
