@@ -15,8 +15,8 @@ from launcher.slurm_queue import SlurmQueue
 if TYPE_CHECKING:
     from mvit.ledger import Account
 
-_NOT_SHOWN = ("kind", "time", "step", "total_steps", "eta_s")
-_OF_THE_LEDGER = ("ettr", "mttf_h", "checkpoint_overhead", "lost_gpu_hours")  # older than what is said of it below
+_OF_THE_LEDGER = ("ettr", "mttf_h", "checkpoint_overhead", "lost_gpu_hours")  # older than the account that is shown
+_NOT_SHOWN = ("kind", "time", "step", "total_steps", "eta_s", *_OF_THE_LEDGER)
 _BLOCK = 1 << 18  # bytes read at once from the end of metrics.jsonl
 _MOST_BLOCKS = 32  # a run that never evaluates is not read to its beginning
 
@@ -104,7 +104,7 @@ class RunState:
             own_job: self.evaluation_job.get("figures", {}),
         }
         for title, record in records.items():
-            shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in (*_NOT_SHOWN, *_OF_THE_LEDGER)
+            shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in _NOT_SHOWN)
             if shown:
                 lines.append(f"{title}: {shown}")
         if self.where_time_went:
