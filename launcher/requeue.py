@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.cluster import ClusterConfig, place
 from launcher.ending import Ending, classify
-from launcher.lives import record_end
+from launcher.lives import SOMEBODY_CANCELLED, record_end
 from launcher.policy import Budgets, Decision, decide, excluded
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder
@@ -128,14 +128,14 @@ def is_cancelled(facts: Mapping[str, str]) -> bool:
 
 
 def record_cancel(run: RunFolder, attempt: int, exit_code: int) -> None:
-    """Append the end of a life that was cancelled, unless `mvit cancel` has done so."""
-    if any(event["event"] == "end" and event["attempt"] == attempt for event in run.events()):
+    """Append the end of a life that was cancelled; after what `mvit cancel` wrote at once: only now it is over."""
+    ends = [event for event in run.events() if event["event"] == "end" and event["attempt"] == attempt]
+    if ends and ends[-1].get("kind") != "cancelled":
         return
+    how = "cancelled by `mvit cancel`" if ends else "cancelled in Slurm (scancel)"
     saved = ", everything saved" if exit_code == EXIT_STOPPED else ""
-    ending = replace(
-        classify(run, attempt, exit_code), kind="cancelled", detail=f"cancelled in Slurm (scancel){saved}", blamed=()
-    )
-    record_end(run, attempt, ending, requeued=False, reason="somebody cancelled the job", exit_code=exit_code)
+    ending = replace(classify(run, attempt, exit_code), kind="cancelled", detail=f"{how}{saved}", blamed=())
+    record_end(run, attempt, ending, requeued=False, reason=SOMEBODY_CANCELLED, exit_code=exit_code)
 
 
 def _scontrol(*arguments: str, patience_s: float, is_done: Callable[[], bool] = lambda: False) -> str | None:

@@ -51,6 +51,8 @@ _REASONS_OF_A_FIRST_LIFE = {  # where the words above are about the life before
     "Prolog": "the prolog runs on its nodes",
 }
 NEVER_SATISFIED = "DependencyNeverSatisfied"
+CANCELLED = ("CANCELLED", NEVER_SATISFIED)
+"""Final states of a job that ended for nothing it did itself."""
 _ENDS = {  # Slurm's final state → in words
     NEVER_SATISFIED: "the job it depends on did not end as required, so Slurm cancelled it",
     "CANCELLED": "it was cancelled in Slurm (scancel), not by `mvit cancel`",
@@ -164,6 +166,18 @@ def final_state(job_id: str) -> str | None:
     if listed is None or not listed.stdout.strip():
         return None
     return listed.stdout.split()[0]  # "CANCELLED by 1000"
+
+
+def final_time(job_id: str) -> float | None:
+    """Return when a job ended (seconds since the epoch), None if nobody remembers it."""
+    shown = _run(["scontrol", "-o", "show", "job", job_id])
+    found = None if shown is None else re.search(r"\bEndTime=(\S+)", shown.stdout)
+    listed = None if found is not None else _run(["sacct", "-n", "-X", "-P", "-j", job_id, "-o", "End"])
+    text = found.group(1) if found is not None else "" if listed is None else listed.stdout.strip()
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:  # "Unknown"
+        return None
 
 
 def end_in_words(state: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Ending a run on request: `stop` lets it save first, `cancel` does not."""
+"""Ending a run on request: `stop` lets it save first, `cancel` does not wait for that."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.ending import classify
 from launcher.judgement import Judgement, judge, poll_interval_s
-from launcher.lives import is_alive_record, record_end
+from launcher.lives import is_alive_record, last_sign_of_life, record_end
 from launcher.processes import identity_from, send_signal
 from launcher.run_folder import RunFolder, RunFolderError
 from launcher.slurm_queue import ask_squeue
@@ -55,18 +55,26 @@ def wait_for_stop(run_dir: str | Path, timeout_s: float) -> RunState:
 
 
 def cancel(run_dir: str | Path) -> str:
-    """End a run at once, without a save; return what was done. Raises RunFolderError as `request_stop` does."""
+    """End a run at once and return what was done; raises RunFolderError as `request_stop` does.
+
+    Nobody waits for a save. Ranks of Slurm's may manage one all the same: what is recorded here does not deny it, and
+    their batch script or the ledger completes it.
+    """
     run, now, facts = _running(run_dir)
     if facts["executor"] == "slurm":
         mark = run.stop_file(now.attempt)
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()  # should its batch script live on, it does not requeue
+        before = len(_ends(run, now.attempt))
         _slurm(["scancel", facts["job_id"]])
-    else:
-        mark = run.end_file(now.attempt)
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()  # before the kill, so that no guard records a failure
-        _signal_or_raise(run, facts["process"], signal.SIGKILL)  # a local job's guards end its ranks
+        if len(_ends(run, now.attempt)) == before:  # else its batch script was faster, which knows more
+            _append_end(run, now.attempt, "cancelled", "cancelled by `mvit cancel`")
+        told = "; its ranks may still save, until Slurm's KillWait is over" if now.state == "running" else ""
+        return f"cancelled slurm job {facts['job_id']}{told}"
+    mark = run.end_file(now.attempt)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()  # before the kill, so that no guard records a failure
+    _signal_or_raise(run, facts["process"], signal.SIGKILL)  # a local job's guards end its ranks
     _append_end(run, now.attempt, "cancelled", "cancelled without a save")
     return f"cancelled {facts['executor']} job {facts['job_id']}"
 
@@ -115,10 +123,15 @@ def _leave_queue(run: RunFolder, attempt: int, job_id: str) -> bool:
         return False
     known = {event["event"] for event in run.events() if event["attempt"] == attempt}
     if "start" in known and "end" not in known:  # Slurm requeued it by itself
-        record_end(run, attempt, classify(run, attempt, None), requeued=True, reason="Slurm requeued the job by itself")
+        ending, when = classify(run, attempt, None), last_sign_of_life(run, attempt)
+        record_end(run, attempt, ending, requeued=True, reason="Slurm requeued the job by itself", ended=when)
     when = "while it waited again" if "start" in known else "before it had started"
     _append_end(run, attempt, "user_stop", f"taken out of the queue by `mvit stop` {when}")
     return True
+
+
+def _ends(run: RunFolder, attempt: int) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["event"] == "end" and event["attempt"] == attempt]
 
 
 def _append_end(run: RunFolder, attempt: int, kind: str, detail: str) -> None:

@@ -12,6 +12,7 @@ from launcher.cluster import ClusterConfig, ClusterError, Placement, parse_clust
 from launcher.dependency import Upstream, wait_for
 from launcher.identity import describe_run
 from launcher.job import TrainJob
+from launcher.judgement import record_unrecorded_end
 from launcher.processes import identify
 from launcher.run_folder import RunFolder, RunFolderError, claim, refuse_foreign, write_json
 from launcher.snapshot import take_snapshot
@@ -185,6 +186,12 @@ def describe_job(
 
 def refuse_taken(run: RunFolder) -> None:
     """Raise RunFolderError if the folder holds something that a new run must not replace."""
+    if run.run_file.exists() and (state := run_state(run.path)).state in ("pending", "running"):
+        raise RunFolderError(
+            f"{run.path} belongs to the run {state.name!r}, which is {state.state} (attempt {state.attempt}, "
+            f"{state.executor} job {state.job_id}). Watch it: mvit status {run.path} --follow; end it: mvit stop "
+            f"{run.path}. To start another: give it another name (name=…) or output_dir."
+        )
     if not _never_saved(run):
         refuse_foreign(run)
 
@@ -258,6 +265,7 @@ def submit_attempt(
 
     if "%" in str(run.path):
         raise RunFolderError(f"{run.path}: submitit gives '%' a meaning of its own, choose a path without it.")
+    record_unrecorded_end(run)
     attempt = run.last_attempt() + 1
     run.attempt_dir(attempt).mkdir(parents=True, exist_ok=True)
     run.submitit_dir(attempt).mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,8 @@ class Explanation:
 
     def _end_lines(self) -> list[str]:
         kind = self.end.get("kind") or self.end["cause"]
-        when = "" if "time" not in self.end else time.strftime(f" on {_TIME}", time.localtime(self.end["time"]))
+        ended = self.end.get("ended", self.end.get("time"))  # the second is when that was written
+        when = "" if ended is None else time.strftime(f" on {_TIME}", time.localtime(ended))
         lines = [
             f"attempt {self.attempt} never started" if kind == NEVER else f"attempt {self.attempt} ended{when}: {kind}"
         ]
@@ -133,7 +134,8 @@ def explain(run_dir: str | Path, attempt: int | None = None, queue: SlurmQueue |
     """
     run, now = RunFolder(Path(run_dir)), time.time()
     name = str(run.identity().get("name"))
-    judgement, events = judge(run, queue), run.events()
+    judgement = judge(run, queue)
+    events = [*run.events(), *([judgement.unrecorded_end] if judgement.unrecorded_end else [])]
     ends = {event["attempt"]: event for event in events if event["event"] == "end"}
     attempts = {event["attempt"] for event in events}
     if attempt is not None and attempt not in attempts:

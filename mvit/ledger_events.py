@@ -110,6 +110,7 @@ def _record(attempt: int, events: Sequence[Event]) -> Record | None:
         return None
     start: Event = next(iter(named("start")), {})
     restored, first = next(iter(named("restored")), {}), next(iter(named("first_step")), {})
+    ends = [_completed(e, lived, saved) for e in ends]
     end = next((e for e in ends if e.get("requeued")), ends[-1] if ends else None)
     stays = not ends or bool(ends[-1].get("requeued"))
     job = {key: value for event in (*submits, start) for key, value in event.items() if value is not None}
@@ -146,9 +147,24 @@ def _record(attempt: int, events: Sequence[Event]) -> Record | None:
         kind=None if end is None else _kind(end),
         left_queue=float(ends[-1]["time"]) if end is not None and end.get("requeued") and not stays else None,
         left_kind=_kind(ends[-1]) if ends else None,
-        last_own_time=max(own, default=float(events[-1]["time"])),
-        last_time=max(float(e["time"]) for e in events),
+        last_own_time=max(own, default=float(ends[-1]["time"]) if ends else float(events[-1]["time"])),
+        last_time=max(float(e["time"]) for e in (*(e for e in events if e["event"] != "end"), *ends)),
     )
+
+
+def _completed(end: Event, lived: Sequence[Event], saved: Sequence[Event]) -> Event:
+    """Return an end at the time when it happened.
+
+    Who writes it later says when that was. `mvit cancel` writes it at once, and the ranks may live on and save.
+    """
+    time = float(end["time"])
+    if (ended := _number(end, "ended")) is not None:
+        return {**end, "time": min(time, ended)}
+    if end.get("kind") != "cancelled":
+        return end
+    steps = [step for e in saved if float(e["time"]) > time and (step := _whole(e, "step")) is not None]
+    newest = {"checkpoint_step": steps[-1]} if steps else {}
+    return {**end, **newest, "time": max([time, *(float(e["time"]) for e in lived)])}
 
 
 def _points(base: int | None, progress: Sequence[Event]) -> tuple[tuple[int, float], ...]:
@@ -220,7 +236,8 @@ def _stopped(record: Record, following: Record | None, now: float) -> float:
     if record.end is None:
         return now if following is None else record.last_own_time
     requeued_by_slurm = following is not None and following.is_slurm and following.submitted is None
-    if not record.requeued and (record.kind == "lost" or requeued_by_slurm):
+    told = _number(record.end, "ended") is not None
+    if not told and not record.requeued and (record.kind == "lost" or requeued_by_slurm):
         return record.last_own_time  # its end was found and written by somebody else, any time later
     return float(record.end["time"])
 

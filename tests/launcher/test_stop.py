@@ -113,7 +113,9 @@ def test_scripts_are_told_of_each_run_what_was_done_and_its_state(
     assert main([command, *paths, "--json"]) == 1
     shown = capsys.readouterr()
     first, second, third = json.loads(shown.out)
-    done = "sent USR2 to Slurm job 7; it saves and ends" if command == "stop" else "cancelled slurm job 7"
+    done = "sent USR2 to Slurm job 7; it saves and ends"
+    if command == "cancel":
+        done = "cancelled slurm job 7; its ranks may still save, until Slurm's KillWait is over"
     assert first == {"run_dir": paths[0], "state": state, "done": done}
     assert (second["state"], third["state"]) == ("finished", None)
     assert "is not running: it is finished" in second["error"]
