@@ -132,16 +132,3 @@ def test_unreadable_and_enormous_files_are_named(tmp_path: Path) -> None:
     with open(tmp_path / "sparse.mp4", "wb") as file:
         file.truncate(3_000_000_000)
     assert "3,000,000,000 bytes, more than" in str(inspect(Inspection(str(tmp_path / "sparse.mp4"))).problem)
-
-
-def test_a_reader_that_is_slower_than_the_processes_gets_everything(tmp_path: Path) -> None:
-    """While it takes results, all that was given may be found: then there is nobody to wait for, but more to give."""
-    (tmp_path / "a.mp4").write_bytes(clip(4))
-    tasks = [Inspection(str(tmp_path / "a.mp4"), size=None)] * 12
-    taken = 0
-    for _, finding in inspect_all(tasks, workers=1):
-        assert finding.problem is None
-        taken += 1
-        if taken == 4:
-            time.sleep(3)
-    assert taken == 12
