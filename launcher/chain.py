@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from launcher.cluster import ClusterConfig, ClusterError, Placement, load_cluster, place
 from launcher.dependency import Upstream, wait_for
 from launcher.evaluation_job import Evaluation, create_evaluation
-from launcher.recipe_folder import recipe_run_dir
+from launcher.recipe_folder import recipe_run_dir, refuse_missing
 from launcher.run_folder import RunFolder
 from launcher.slurm_queue import ask_squeue
 from launcher.submission_checks import check_submission
@@ -93,9 +93,7 @@ def plan_chain(steps: Sequence[Step], cluster_file: str, *, evaluate: bool = Fal
     first, *later = steps
     clusters = [load_cluster(cluster_file, list(first.of_cluster))]
     clusters += [load_cluster(cluster_file, [*first.of_cluster, *step.of_cluster]) for step in later]
-    for step in steps:  # before torch is imported for the whole configs
-        if (run_dir := recipe_run_dir(step.recipe, step.overrides)) is not None:
-            refuse_taken(RunFolder(run_dir))
+    _check_folders(steps)
     upstream, before = None, None
     if after is not None:
         upstream = wait_for(after, clusters[0].executor)
@@ -109,6 +107,24 @@ def plan_chain(steps: Sequence[Step], cluster_file: str, *, evaluate: bool = Fal
         links.append(_evaluation_of(links[-1]))
     _check_row(links)
     return Chain(tuple(links), upstream)
+
+
+def _check_folders(steps: Sequence[Step]) -> None:
+    """Refuse what the recipes' files alone tell, before torch is imported for the whole configs."""
+    for step in steps:
+        refuse_missing(step.recipe)
+    seen: dict[Path, str] = {}
+    for step in steps:
+        if (run_dir := recipe_run_dir(step.recipe, step.overrides)) is None:
+            continue
+        if run_dir in seen:
+            raise _same_folder(seen[run_dir], step.recipe, run_dir)
+        seen[run_dir] = step.recipe
+        refuse_taken(RunFolder(run_dir))
+
+
+def _same_folder(one: str, other: str, run_dir: Path) -> ChainError:
+    return ChainError(f"{one} and {other} would have the same run folder {run_dir}: give one of them another name=…")
 
 
 def check_chain(chain: Chain, *, check_data: bool) -> None:
@@ -198,10 +214,7 @@ def _check_row(links: Sequence[Link]) -> None:
         if link.cluster.executor != links[0].cluster.executor:
             raise ChainError(f"{link.name}: the jobs of a chain share one executor; drop cluster.executor=…")
         if link.run.path in names:
-            raise ChainError(
-                f"{names[link.run.path]} and {link.name} would have the same run folder {link.run.path}: give one of "
-                "them another name=…"
-            )
+            raise _same_folder(names[link.run.path], link.name, link.run.path)
         names[link.run.path] = link.name
 
 

@@ -23,6 +23,9 @@ def train(args: Namespace) -> int:
     from launcher.job import export_srun_rank, train_inline, wait_without_spinning
 
     wait_without_spinning()
+    from launcher.recipe_folder import refuse_missing
+
+    refuse_missing(args.recipe)
     import mvit
     from launcher.run_folder import RunFolder
     from launcher.submit import create_run, refuse_active
@@ -65,10 +68,11 @@ def resume(args: Namespace) -> int:
     from launcher.cluster import load_cluster
     from launcher.job import train_inline
     from launcher.overview import the_run
-    from launcher.submit import enter_run, resumed_config, saved_cluster, submit_resume
+    from launcher.submit import enter_run, refuse_active, resumed_config, saved_cluster, submit_resume
 
     of_recipe, of_cluster = split_overrides(args)
     run = the_run(Path(args.run_dir).absolute())
+    refuse_active(run)  # before torch is imported for its config
     cluster = load_cluster(args.cluster, of_cluster) if args.cluster else saved_cluster(run, of_cluster)
     config = resumed_config(run, of_recipe)
     if cluster is None:
@@ -79,6 +83,9 @@ def resume(args: Namespace) -> int:
 
 def config(args: Namespace) -> int:
     """Print a resolved recipe."""
+    from launcher.recipe_folder import refuse_missing
+
+    refuse_missing(args.recipe)
     import mvit
 
     print(mvit.load_config(args.recipe, args.overrides).to_yaml(), end="")
@@ -87,6 +94,9 @@ def config(args: Namespace) -> int:
 
 def evaluate(args: Namespace) -> int:
     """Evaluate weights."""
+    from launcher.recipe_folder import refuse_missing
+
+    refuse_missing(args.recipe)
     import mvit
 
     recipe = mvit.load_config(args.recipe, args.overrides)

@@ -1,10 +1,29 @@
-"""Which run folder a recipe will have, told in half a second: its whole config would import torch first."""
+"""What a recipe's file alone tells, in half a second (its whole config would import torch): is it there, its folder."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 _OUTPUT_DIR = "runs"  # RunConfig's default
+
+
+class NoRecipeError(ValueError):
+    """A recipe's file that does not exist; the message names the likeliest one."""
+
+
+def refuse_missing(recipe: str | Path) -> None:
+    """Raise NoRecipeError if there is no such file."""
+    path = Path(recipe)
+    if path.is_file():
+        return
+    names = [one.name for one in sorted(path.parent.glob("*.yaml")) if not _is_cluster_file(one)]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    raise NoRecipeError(f"{path}: no such recipe" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def _is_cluster_file(path: Path) -> bool:
+    return any(line.startswith("executor:") for line in path.read_text(errors="replace").splitlines())
 
 
 def recipe_run_dir(recipe: str | Path, overrides: Sequence[str] = ()) -> Path | None:

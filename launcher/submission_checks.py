@@ -130,10 +130,14 @@ def _too_few_nodes(
         before, left = left, [node for node in left if need.fits(node)]
         if len(left) < placement.nodes:
             asked = f"nodes={placement.nodes}" + (f" with {need.setting}" if need.setting else "")
-            elsewhere = "" if need.setting else f", or choose another partition: {_listed(facts)}"
+            if not need.setting:
+                return [
+                    f"{asked}: partition {partition.name!r} has {len(everyone)} node(s). Slurm would let the job wait "
+                    f"for ever. {need.way_out}, or choose another partition: {_listed(facts)}."
+                ]
             return [
                 f"{asked}: of the {len(everyone)} node(s) of partition {partition.name!r}, {len(left)} "
-                f"{need.shortage(before)}. Slurm would let the job wait for ever. {need.way_out}{elsewhere}."
+                f"{need.shortage(before)}. Slurm would let the job wait for ever. {need.way_out}."
             ]
     return []
 

@@ -22,6 +22,8 @@ from launcher.submission_checks import check_submission
 if TYPE_CHECKING:
     from mvit.config import RunConfig
 
+_SHOWN_WAYS = 6  # of those that would work
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -77,6 +79,7 @@ def create_run(config: "RunConfig", command: Sequence[str], cluster: ClusterConf
     RunFolderError when the folder belongs to something else; then nothing was changed.
     """
     run = RunFolder(config.run_dir.absolute())
+    _refuse_alive(run)
     if again := _never_saved(run):
         shutil.rmtree(run.code_dir, ignore_errors=True)
     else:
@@ -111,11 +114,19 @@ def check_new(config: "RunConfig", cluster: ClusterConfig, after: Upstream | Non
     return placement
 
 
-def _check_request(config: "RunConfig", cluster: ClusterConfig, placement: Placement, after: Upstream | None) -> None:
+def _check_request(
+    config: "RunConfig",
+    cluster: ClusterConfig,
+    placement: Placement,
+    after: Upstream | None,
+    is_resume: bool = False,
+) -> None:
     """Raise ValueError with everything that is wrong at once: too many nodes rarely divide the batch, either."""
     checks: tuple[Callable[[], object], ...] = (
         lambda: check_submission(cluster, placement, None if after is None else after.dependency),
-        lambda: config.batch_arithmetic(placement.world_size),
+        lambda: (
+            _check_batch_of_resumed(config, placement) if is_resume else config.batch_arithmetic(placement.world_size)
+        ),
         # a fault of a rank that does not exist would never happen
         lambda: faults.parse(cluster.env.get(faults.VARIABLE, ""), placement.world_size),
     )
@@ -131,6 +142,29 @@ def _check_request(config: "RunConfig", cluster: ClusterConfig, placement: Place
         raise ClusterError("\n".join(map(str, problems)))
 
 
+def _check_batch_of_resumed(config: "RunConfig", placement: Placement) -> None:
+    """Raise ClusterError if the batch does not divide, naming only ways that a run may take: its batch stays."""
+    try:
+        config.batch_arithmetic(placement.world_size)
+        return
+    except ValueError:
+        total, micro, ranks = config.train.global_batch_size, config.train.micro_batch_size, placement.world_size
+    per_node = placement.ranks_per_node
+    nodes = [n for n in range(1, total // (micro * per_node) + 1) if total % (micro * n * per_node) == 0]
+    nearest = sorted(sorted(nodes, key=lambda n: abs(n - placement.nodes))[:_SHOWN_WAYS])
+    least = config.repeats + 1 if config.inputs.mixes else 1
+    sizes = [size for size in range(total // ranks, least - 1, -1) if total % (size * ranks) == 0][:_SHOWN_WAYS]
+    ways = [f"nodes={'|'.join(map(str, nearest))}"] if nearest else []
+    ways += [f"train.micro_batch_size={'|'.join(map(str, sizes))}"] if sizes else []
+    if not ways:
+        counts = [n for n in range(1, total // micro + 1) if total % (micro * n) == 0]
+        ways = [f"a number of ranks (nodes x ranks_per_node) of {'|'.join(map(str, counts[-_SHOWN_WAYS:]))}"]
+    raise ClusterError(
+        f"nodes={placement.nodes}: train.global_batch_size = {total}, which a run keeps, is not micro_batch_size x "
+        f"ranks x a whole number: {micro} x {ranks} = {micro * ranks}. Resume it with {' or '.join(ways)}."
+    )
+
+
 def submit_resume(run: RunFolder, config: "RunConfig", cluster: ClusterConfig) -> Submission:
     """Submit the next attempt of a run; it continues from the newest valid checkpoint with the run's own code.
 
@@ -141,7 +175,7 @@ def submit_resume(run: RunFolder, config: "RunConfig", cluster: ClusterConfig) -
     before = None if run.checkpoint_step() else Upstream.of(run.events())
     after = None if before is None else wait_for(before.run_dir, cluster.executor)
     placement = place(cluster)
-    _check_request(config, cluster, placement, after)
+    _check_request(config, cluster, placement, after, is_resume=True)
     run.config_file.write_text(config.to_yaml())
     return submit_attempt(run, cluster, placement, after)
 
@@ -186,14 +220,19 @@ def describe_job(
 
 def refuse_taken(run: RunFolder) -> None:
     """Raise RunFolderError if the folder holds something that a new run must not replace."""
+    _refuse_alive(run)
+    if not _never_saved(run):
+        refuse_foreign(run)
+
+
+def _refuse_alive(run: RunFolder) -> None:
+    """Raise RunFolderError if a run lives in the folder: to resume it, as one at rest, would be refused as well."""
     if run.run_file.exists() and (state := run_state(run.path)).state in ("pending", "running"):
         raise RunFolderError(
             f"{run.path} belongs to the run {state.name!r}, which is {state.state} (attempt {state.attempt}, "
             f"{state.executor} job {state.job_id}). Watch it: mvit status {run.path} --follow; end it: mvit stop "
             f"{run.path}. To start another: give it another name (name=…) or output_dir."
         )
-    if not _never_saved(run):
-        refuse_foreign(run)
 
 
 def saved_cluster(run: RunFolder, overrides: Sequence[str] = ()) -> ClusterConfig | None:

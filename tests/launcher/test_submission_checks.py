@@ -51,7 +51,7 @@ def test_what_the_cluster_can_run_is_accepted(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"nodes": 5}, ["nodes=5", "of the 4 node(s) of partition 'low', 4 exist", "short (2 nodes)"]),
+        ({"nodes": 5}, ["nodes=5", "partition 'low' has 4 node(s)", "short (2 nodes)"]),
         ({"nodes": 2, "partition": "short", "timeout_min": 20}, ["nodes=2", "'short' may have 1 (MaxNodes)"]),
         ({"gpus_per_node": 4}, ["gpus_per_node=4", "0 have as many GPUs, the most is 2"]),
         (

@@ -2,16 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import mvit
-from launcher.recipe_folder import recipe_run_dir
+from launcher.cluster import ClusterError, parse_cluster
+from launcher.recipe_folder import NoRecipeError, recipe_run_dir, refuse_missing
+from launcher.run_folder import RunFolderError
+from launcher.submit import refuse_taken, submit_resume
 from tests.launcher import recorded
 from tests.launcher.project import ROOT, Project
+from tests.launcher.written import create, event, start
 
 SLURM = {
     "executor": "slurm",
@@ -203,7 +209,7 @@ def test_too_many_nodes_and_a_batch_that_does_not_divide_are_told_at_once(
 
     assert result.returncode == 1
     *_, first, second = result.stderr.splitlines()  # after the warning of a drained node
-    assert first.startswith("error: nodes=100: of the 4 node(s) of partition 'low', 4 exist")
+    assert first.startswith("error: nodes=100: partition 'low' has 4 node(s)")
     assert second == "global_batch_size=8 does not divide by 100 ranks"
     assert not slurm_project.run_dir.exists()
 
@@ -253,6 +259,72 @@ def test_resume_refuses_settings_that_would_change_what_is_computed(project: Pro
     resumed = project.mvit("resume", str(project.run_dir), "raise_at=-1", "--follow")
     assert resumed.returncode == 0, resumed.stderr
     assert [facts["first_step"] for facts in project.facts(0)] == [0, 2]
+
+
+@pytest.mark.parametrize(("nodes", "ranks_per_node"), [(3, 2), (100, 2), (1, 5)])
+def test_resume_on_ranks_that_do_not_divide_the_batch_names_only_ways_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, ranks_per_node: int
+) -> None:
+    """The batch of a run stays, so another one is no way out of it."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # no Slurm
+    config = mvit.load_config(ROOT / "configs" / "demo" / "digits.yaml", ["data.train=x"])
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    event(run, "end", 1, -50, cause="stopped", kind="user_stop", detail="stopped", requeued=False)
+    settings = {"executor": "slurm", "nodes": nodes, "ranks_per_node": ranks_per_node, "timeout_min": 60}
+    with pytest.raises(ClusterError) as refused:
+        submit_resume(run, config, parse_cluster(settings, "test"))
+    told = str(refused.value)
+    assert f"global_batch_size = {config.train.global_batch_size}, which a run keeps" in told
+    assert "global_batch_size=" not in told
+    ways = re.search(r"\bResume it with (?:nodes=([\d|]+))?(?: or )?(?:train.micro_batch_size=([\d|]+))?", told)
+    ranks = [int(n) * ranks_per_node for n in ((ways and ways[1]) or "").split("|") if n]
+    sizes = [int(n) for n in ((ways and ways[2]) or "").split("|") if n]
+    assert ranks or sizes or "a number of ranks (nodes x ranks_per_node) of" in told
+    for count in ranks:
+        config.batch_arithmetic(count)
+    for size in sizes:
+        assert config.train.global_batch_size % (size * nodes * ranks_per_node) == 0
+
+
+def test_the_folder_of_a_run_that_lives_is_refused_without_the_advice_to_resume_it(tmp_path: Path) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    with pytest.raises(RunFolderError) as refused:
+        refuse_taken(run)
+    assert "belongs to the run 'trial', which is running (attempt 1, local job 7)" in str(refused.value)
+    assert f"mvit stop {run.path}" in str(refused.value)
+    assert "resume" not in str(refused.value)
+
+
+def test_a_recipe_that_is_not_there_is_told_by_its_neighbours_but_no_cluster_file(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_text("executor: local\n")
+    (tmp_path / "nofiles.yaml").write_text("name: a\n")
+    with pytest.raises(NoRecipeError, match=r"toyy\.yaml: no such recipe") as refused:
+        refuse_missing(tmp_path / "toyy.yaml")
+    assert "'toy.yaml'" not in str(refused.value)
+    with pytest.raises(NoRecipeError, match=r"no such recipe; did you mean 'nofiles\.yaml'\?"):
+        refuse_missing(tmp_path / "nofile.yaml")
+
+
+def test_refusals_that_need_no_tensors_do_not_wait_for_torch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    (tmp_path / "cluster.yaml").write_text("executor: local\n")
+    (tmp_path / "a.yaml").write_text(f"name: a\noutput_dir: {tmp_path}\n")
+    program = (
+        "import sys; from launcher.cli import main\n"
+        f"for command in (['resume', {str(run.path)!r}], ['submit', 'nofile.yaml', '--cluster', 'cluster.yaml'],\n"
+        "    ['submit', 'a.yaml', '--cluster', 'cluster.yaml', '--then', 'a.yaml']): assert main(command) == 1\n"
+        "print('HEAVY', sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    shown = capfd.readouterr()
+    assert "HEAVY []" in shown.out
+    assert "trial is running (attempt 1" in shown.err
+    assert "nofile.yaml: no such recipe" in shown.err
+    assert "would have the same run folder" in shown.err
 
 
 def _tool(path: Path, body: str) -> None:
