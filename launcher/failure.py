@@ -8,6 +8,8 @@ from launcher.fired_faults import fired_faults
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder
 
+KILL_HINT = "nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9"
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -76,7 +78,7 @@ def _failure_of(run: RunFolder, attempt: int, record: dict[str, Any], tracebacks
     drills = fired_faults(run, [record])
     parts += map(str, drills)
     if record["signal"] == "SIGKILL" and not any(drill.is_kill for drill in drills):
-        parts.append("nobody's `mvit cancel`: often the kernel's out-of-memory killer (see dmesg), or a kill -9")
+        parts.append(KILL_HINT)
     elif record["signal"] is None and not any(parts):
         parts.append(_submitit_tail(run, attempt))  # it did not come as far as its own log
     text = "\n".join(part for part in parts if part)

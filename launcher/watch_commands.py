@@ -90,13 +90,21 @@ def why(args: Namespace) -> int:
 
 def stop(args: Namespace) -> int:
     """Ask runs to save and end."""
+    from launcher.run_folder import RunFolder
     from launcher.stop import request_stop, wait_for_stop
+
+    def end(run_dir: Path) -> str:
+        run = RunFolder(run_dir)
+        latest = {event["event"] for event in run.events() if event["attempt"] == run.last_attempt()}
+        starting = "start" in latest and not latest & {"first_step", "end"}
+        done = request_stop(run_dir)
+        return f"{done}; it is still starting: it saves after its first step" if starting else done
 
     def finish(run_dir: Path) -> tuple[bool, str]:
         state = wait_for_stop(run_dir, args.timeout)
         return state.state in ("stopped", "finished"), str(state)
 
-    return _each(args, request_stop, finish)
+    return _each(args, end, finish)
 
 
 def cancel(args: Namespace) -> int:

@@ -10,12 +10,13 @@ from typing import Any
 
 from launcher.ending import classify
 from launcher.evaluation_job import SUBJECT
-from launcher.failure import failure_text, first_failure
+from launcher.failure import KILL_HINT, failure_text, first_failure
 from launcher.fired_faults import FiredFault, fired_faults
 from launcher.judgement import Judgement, judge, last_end
 from launcher.logs import number_ranges
 from launcher.processes import node_name
 from launcher.run_folder import RunFolder, RunFolderError, rank_file, read_record
+from launcher.slurm import read_slurm
 from launcher.slurm_queue import SlurmQueue
 from launcher.status import RunState, excluded_nodes
 
@@ -99,8 +100,11 @@ class Explanation:
             ]
         if self.out_of_memory:
             lines.append(f"  {self.out_of_memory}")
-        if failure.get("text"):
-            lines += ["", str(failure["text"]).rstrip()]
+        text = str(failure.get("text", ""))
+        if self.out_of_memory:  # which says more of the same
+            text = text.replace(KILL_HINT, "")
+        if text.strip():
+            lines += ["", text.rstrip()]
         if self.stacks:
             lines += ["", f"--- {self.stacks['file']}", self.stacks["text"].rstrip()]
             if self.num_stacks > 1:
@@ -281,7 +285,9 @@ def _out_of_memory(records: Sequence[Mapping[str, Any]], failure: Mapping[str, A
         return f"the kernel ended it for want of memory: {found[-1].strip()}"
     if log is not None:
         return "the kernel's log here does not say that it was for want of memory: somebody's kill -9, or a container's"
-    job = f", or `sacct -j {judgement.job_id} -o State,MaxRSS`" if judgement.executor == "slurm" else ""
+    facts = read_slurm(accounting=False) if judgement.executor == "slurm" else None
+    recorded = facts is not None and facts.has_accounting
+    job = f", or `sacct -j {judgement.job_id} -o State,MaxRSS`" if recorded else ""
     return f"if it was for want of memory, `dmesg -T | grep -i 'killed process'` on {node} says so{job}"
 
 
