@@ -365,6 +365,7 @@ EVENT = st.fixed_dictionaries(
         "kind": st.sampled_from(KINDS),
         "cause": st.sampled_from(["finished", "stopped", "failed"]),
         "requeued": st.booleans(),
+        "ended": st.floats(0, 1000),
         "executor": st.sampled_from(["slurm", "local", "inline"]),
         "gpus": st.integers(0, 8),
     },
