@@ -3,7 +3,6 @@
 import json
 import sys
 from argparse import Namespace
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -17,7 +16,7 @@ def doctor(args: Namespace) -> int:
     from launcher.cluster import load_cluster, place
     from launcher.commands import split_overrides
     from launcher.doctor import examine
-    from launcher.doctor_report import Level
+    from launcher.doctor_report import Level, verdict_line
     from launcher.run_folder import RunFolder
 
     if args.recipe is not None and "=" in args.recipe:  # no recipe, settings only
@@ -34,6 +33,7 @@ def doctor(args: Namespace) -> int:
         config = mvit.load_config(args.recipe, of_recipe)
     output_dir = Path(_OUTPUT_DIR if config is None else config.output_dir)
     run = None if args.run is None else RunFolder(Path(args.run).absolute())
+    print("looking at disk, recipe and cluster (the disk test takes up to 20 s) …", file=sys.stderr, flush=True)
     report = examine(cluster, placement, config, output_dir, run)
     if not args.json:
         if args.script:
@@ -59,7 +59,5 @@ def doctor(args: Namespace) -> int:
     if args.json:
         print(json.dumps(report.to_dict()))
     else:
-        counts = Counter(finding.level for finding in report.findings)
-        told = ", ".join(f"{counts[level]} {level}" for level in get_args(Level) if counts[level])
-        print(f"{'OK' if report.ok else 'FAIL'}: {told}")
+        print(verdict_line(report))
     return 0 if report.ok else 1

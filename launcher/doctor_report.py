@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Level = Literal["PASS", "WARN", "FAIL"]
 """From good to bad: what is bad is printed last, beside the verdict."""
@@ -65,6 +65,18 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+def verdict_line(report: Report) -> str:
+    """Return the last line: OK or FAIL, how many findings of each level, and how many nodes."""
+    told = _counted([finding.level for finding in report.findings])
+    if report.nodes is not None:
+        told += f"; nodes: {_counted([node.level for node in report.nodes.nodes])}"
+    return f"{'OK' if report.ok else 'FAIL'}: {told}"
+
+
+def _counted(levels: Sequence[Level]) -> str:
+    return ", ".join(f"{levels.count(level)} {level}" for level in get_args(Level) if level in levels) or "none"
 
 
 COLUMNS = {  # figure → heading; the unit stands in it

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.judgement import judge_now_and_when_again
+from launcher.evaluation_job import evaluates
+from launcher.judgement import Judgement, judge_now_and_when_again
 from launcher.preemption import EXIT_STOPPED
 from launcher.run_folder import RunFolder, parse_json_line
-from launcher.status import run_state
+from launcher.status import run_state, start_up
 from launcher.stop import request_stop
 from launcher.why import failure_details
 from mvit.progress import ProgressDisplay
@@ -79,18 +80,32 @@ def follow(run_dir: Path, as_json: bool = False) -> int:
 
 
 def _until_end(run: RunFolder, tail: RecordTail, display: ProgressDisplay) -> None:
-    (judgement, again_at), shown = judge_now_and_when_again(run), None
+    (judgement, again_at), shown, logs, told_of = judge_now_and_when_again(run), "", False, 0.0
     while True:
         if time.monotonic() >= again_at:
+            attempt = judgement.attempt
             judgement, again_at = judge_now_and_when_again(run)
+            logs = logs and judgement.state == "running" and judgement.attempt == attempt
         for record in tail.read():  # after the judgement: what was written before an end is then all shown
             display.update(record)
+            logs = logs or record.get("kind") == "train"
         if judgement.state in EXIT_CODES:
             return
-        if (judgement.state, judgement.attempt) != shown:
-            shown = (judgement.state, judgement.attempt)
-            display.note(f"{judgement.state}, attempt {judgement.attempt}")
+        if told_of != again_at:  # a new judgement
+            told_of = again_at
+            if (text := _doing(run, judgement)) != shown and not (shown and logs):  # records say more, if there are any
+                shown = text
+                display.note(text)
         time.sleep(_POLL_S)
+
+
+def _doing(run: RunFolder, judgement: Judgement) -> str:
+    """Say what a run does, as `mvit status` knows it, without the times that change at every look."""
+    now = f"{judgement.state}, attempt {judgement.attempt}"
+    doing = "" if judgement.state == "running" and judgement.slurm and not judgement.slurm.waits else judgement.detail
+    if judgement.state == "running" and not evaluates(run):
+        doing = start_up([event for event in run.events() if event["attempt"] == judgement.attempt]) or judgement.detail
+    return f"{now}: {doing}" if doing else now
 
 
 def _report(run: RunFolder, console: Console, as_json: bool) -> int:

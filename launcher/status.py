@@ -251,14 +251,20 @@ def _activity(
     if SUBJECT in run.identity():
         where = _slowest(run, judgement.attempt)
         return f"at work for {_seconds(now - since['time'])}: its figures come at the end{where}"
-    step = since.get("checkpoint_step")
+    return f"starting for {_seconds(now - since['time'])}: {start_up(latest)}{_slowest(run, judgement.attempt)}"
+
+
+def start_up(latest: Sequence[dict[str, Any]]) -> str:
+    """Say how far the start of a life is by its events; empty if it has not begun, or has ended."""
+    by_kind = {event["event"]: event for event in latest}
+    if "start" not in by_kind or "end" in by_kind:
+        return ""
     if "first_step" in by_kind:
-        doing = "training, nothing logged yet"
-    elif "restored" in by_kind:
-        doing = "its first step"
-    else:
-        doing = "imports, process group, model, data" + (f", checkpoint of step {step}" if step else "")
-    return f"starting for {_seconds(now - since['time'])}: {doing}{_slowest(run, judgement.attempt)}"
+        return "training, nothing logged yet" if "progress" not in by_kind else "training"
+    if "restored" in by_kind:
+        return "its first step"
+    step = by_kind["start"].get("checkpoint_step")
+    return "imports, process group, model, data" + (f", checkpoint of step {step}" if step else "")
 
 
 def _slowest(run: RunFolder, attempt: int) -> str:

@@ -15,7 +15,7 @@ import yaml
 from launcher.cli import main
 from launcher.cluster import Placement, parse_cluster
 from launcher.disk_speed import existing_parent, read_speed, write_speed
-from launcher.doctor_report import Finding, NodesReport, NodeVerdict, Report
+from launcher.doctor_report import Finding, NodesReport, NodeVerdict, Report, verdict_line
 from launcher.doctor_settings import StopTime, granularity_finding, lead_finding, slurm_findings
 from launcher.doctor_verdict import RankEnd, judge
 from launcher.slurm import SlurmFacts, parse_nodes, parse_partitions, parse_settings
@@ -368,3 +368,10 @@ def test_ctrl_c_ends_the_job_too(here: Path) -> None:
     assert "error: interrupted" in doctor.communicate(timeout=30)[1]
     assert doctor.returncode == 130
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids()))
+
+
+def test_the_verdict_counts_the_nodes_too() -> None:
+    findings = (Finding("batch", "PASS", "fine"), Finding("space", "WARN", "little"))
+    nodes = NodesReport("f", "7", (NodeVerdict("node1", "PASS", {}), NodeVerdict("node2", "FAIL", {}, ("slow",))))
+    assert verdict_line(Report(findings, "")) == "OK: 1 PASS, 1 WARN"
+    assert verdict_line(Report(findings, "", nodes)) == "FAIL: 1 PASS, 1 WARN; nodes: 1 PASS, 1 FAIL"

@@ -1,5 +1,7 @@
 """`mvit status` and `why` of what does not train now: broken chains, queued lives, stops asked for, evaluations."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from launcher.cli import main
 from launcher.run_folder import RunFolder, write_json
 from launcher.status import run_state
 from tests.launcher import written
+from tests.launcher.project import ROOT
 from tests.launcher.written import FakeSlurm, create, event, figures, in_slurm, printed, start
 
 slurm = written.slurm
@@ -104,3 +107,37 @@ def test_an_evaluation_job_shows_what_it_evaluates_and_its_figures(
     text = capsys.readouterr().out
     assert f"evaluates {subject.path}" in text
     assert "1-90" not in text
+
+
+def _following(run: RunFolder) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "launcher.cli", "status", str(run.path), "--follow"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_who_follows_a_run_is_told_what_it_does_before_it_logs(tmp_path: Path) -> None:
+    run = create(tmp_path / "trial")
+    start(run, 1, -60)
+    following = _following(run)
+    assert following.stdout is not None
+    assert following.stdout.readline() == "running, attempt 1: imports, process group, model, data\n"
+    event(run, "restored", 1, 0, step=0, seconds=1.0)
+    assert following.stdout.readline() == "running, attempt 1: its first step\n"
+    figures(run, "train", 1, 0, loss=1.0)
+    assert following.stdout.readline().startswith("step 1/400")
+    event(run, "first_step", 1, 0, step=1)
+    event(run, "end", 1, 0, cause="stopped", kind="user_stop", detail="stopped", requeued=False)
+    rest, _ = following.communicate(timeout=30)
+    assert following.returncode == 85
+    assert rest.startswith("trial: stopped (stopped)")
+
+
+def test_who_follows_a_run_in_the_queue_is_told_why_it_waits(tmp_path: Path, slurm: FakeSlurm) -> None:
+    run = create(tmp_path / "trial")
+    in_slurm(run)
+    slurm.jobs("7|PENDING|Priority|N/A|")
+    following = _following(run)
+    assert following.stdout is not None
+    told = following.stdout.readline()
+    following.kill()
+    following.wait()
+    assert told.startswith("pending, attempt 1: Slurm says PENDING (Priority): other jobs stand before it")
