@@ -38,3 +38,6 @@ def test_a_stop_ends_the_evaluation_with_exit_code_85_and_without_a_result(proje
     resumed = project.mvit("resume", str(folder), "--follow")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert json.loads((project.run_dir / "evaluation.json").read_text())["figures"]["top1"] == 0.75
+    log = (folder / "logs" / "attempt_002" / "rank_0000.log").read_text()
+    assert f"of {project.run_dir}, " in log
+    assert "top1 0.75" in log
