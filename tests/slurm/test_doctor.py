@@ -108,7 +108,7 @@ def test_a_refused_submission_creates_nothing(tmp_path: Path, cluster: Cluster) 
     before = cluster.run("squeue", "-h", "-t", "all", "-o", "%i")
     result = project.submit()
     assert result.returncode == 1
-    assert "error: nodes=8: of the 4 node(s) of partition 'low', 4 exist. " in result.stderr
+    assert "error: nodes=8: partition 'low' has 4 node(s). " in result.stderr
     assert not project.run_dir.exists()
     assert cluster.run("squeue", "-h", "-t", "all", "-o", "%i") == before
 
