@@ -50,7 +50,7 @@ def test_what_the_cluster_can_run_is_accepted(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"nodes": 5}, "nodes=5: of the 4 node(s) of partition 'low', 4 exist"),
+        ({"nodes": 5}, "nodes=5: partition 'low' has 4 node(s)"),
         ({"ranks_per_node": "auto", "gpus_per_node": 1}, "0 have as many GPUs, the most is 0"),
         ({"cpus_per_rank": 3}, "1 × 3 = 3: of the 4 node(s) of partition 'low', 0 have as many CPUs, the most is 2"),
         ({"mem": "5G"}, "0 have as much memory, the most is 4000M"),
