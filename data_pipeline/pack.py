@@ -154,7 +154,8 @@ def pack(
             first = next((f", e.g. {bad.source}: {bad.reason}" for bad in data.rejected.get(name, [])), "")
             raise PackError(f"Split {name} of {data.origin} has no {kind.noun}{first}.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(data, output.parent)
+    if kind.keeps_size:
+        _check_space(data, output.parent)
     building = output.parent / f".{output.name}.packing-{os.getpid()}"
     building.mkdir()
     total = sum(map(len, data.splits.values()))

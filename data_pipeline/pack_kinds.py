@@ -31,6 +31,8 @@ class SampleKind:
     """(samples, number of workers, a folder for temporary files) → each sample in order, with what came of it."""
     tell: Callable[[Mapping[str, float]], list[str]]
     """Sums of what was measured → lines for people."""
+    keeps_size: bool = True
+    """Whether what is stored is about as large as the source; what is encoded anew is told when it is written."""
 
 
 def _check_pictures(

@@ -109,7 +109,7 @@ def _path(given: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _videos(options: VideoPackOptions) -> SampleKind:
-    return SampleKind("video", partial(_check, options), partial(_tell, options))
+    return SampleKind("video", partial(_check, options), partial(_tell, options), keeps_size=options.encoding is None)
 
 
 def _check(

@@ -107,6 +107,8 @@ class Video:
         if stamps is None:  # AVI and the like know no presentation times: count what the decoder gives
             self.times = self._decoded_times()
         else:
+            if not stamps:
+                raise DecodeError("its video stream holds no frame that is shown")
             ticks = np.sort(np.fromiter(stamps, np.int64, len(stamps)))
             self._index = {int(tick): index for index, tick in enumerate(ticks)}
             self._position = [stamps[int(tick)] for tick in ticks]

@@ -20,6 +20,7 @@ from data_pipeline.video_inspect import Finding, Inspection, inspect
 Work = Callable[[Inspection], Finding]
 
 _READY = "ready"
+_MOST_STILLBORN = 5
 
 
 class ProcessError(ValueError):
@@ -32,6 +33,7 @@ class _Worker:
     pipe: Connection
     number: int | None = None
     """Of the task it has."""
+    task: Inspection | None = None
     is_ready: bool = False
 
 
@@ -47,6 +49,8 @@ def inspect_all(
     A video whose process dies, or takes longer than `time_limit_s`, has that for its problem. Raises ProcessError if
     a process dies before it could begin.
     """
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; it is a number of processes, or 0 for one per CPU core.")
     crew = _Crew(workers or len(os.sched_getaffinity(0)), time_limit_s, work)
     coming, exhausted = iter(tasks), False
     given: deque[tuple[int, Inspection]] = deque()
@@ -80,6 +84,8 @@ class _Crew:
         self._workers: list[_Worker] = []
         self._time_limit_s = time_limit_s
         self._work = work
+        self._has_begun = False
+        self._num_stillborn = 0  # in a row
 
     def has_room(self) -> bool:
         """Whether a worker has no task, or one more may be started."""
@@ -94,7 +100,7 @@ class _Crew:
             except OSError:
                 self._lose(worker)
             else:
-                worker.number = number
+                worker.number, worker.task = number, task
                 return
 
     def listen(self) -> None:
@@ -108,7 +114,8 @@ class _Crew:
                 self._lose(worker)
                 continue
             if said == _READY:
-                worker.is_ready = True
+                worker.is_ready = self._has_begun = True
+                self._num_stillborn = 0
             else:
                 assert worker.number is not None
                 self.found[worker.number] = said
@@ -138,8 +145,15 @@ class _Crew:
         worker.pipe.close()
         exit_code = worker.process.exitcode
         if not worker.is_ready:
-            raise ProcessError(f"A process that decodes videos ended before it began (exit code {exit_code}).")
-        if worker.number is not None:
+            self._num_stillborn += 1
+            if not self._has_begun or self._num_stillborn >= _MOST_STILLBORN:
+                raise ProcessError(
+                    f"A process that decodes videos ended before it began (exit code {exit_code}), "
+                    f"{self._num_stillborn} in a row: see what it printed, or ask for fewer --workers."
+                )
+            if worker.number is not None and worker.task is not None:  # its video has done nothing
+                self.give(worker.number, worker.task)
+        elif worker.number is not None:
             self.found[worker.number] = Finding(_cause_of_death(exit_code, self._time_limit_s))
 
 

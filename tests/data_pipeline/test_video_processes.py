@@ -89,6 +89,25 @@ def test_a_process_that_dies_without_a_video_is_replaced_and_nobody_notices(vide
     assert not [finding.problem for _, finding in found if finding.problem]
 
 
+def test_a_replacement_that_dies_before_it_begins_costs_nothing(videos: list[Inspection]) -> None:
+    """As on a node that is short of memory for a moment, in hour 40."""
+
+    def kill_it_and_the_next(process: int) -> None:
+        before = {child.pid for child in children()}
+        os.kill(process, signal.SIGKILL)
+        for _ in range(1000):
+            for child in children():
+                if child.pid not in before:
+                    os.kill(child.pid, signal.SIGKILL)
+                    return
+            time.sleep(0.005)
+
+    killer = when_one_is_stuck(videos[3].path, kill_it_and_the_next)
+    found = [finding.problem for _, finding in inspect_all(videos, workers=1)]
+    killer.join()
+    assert [number for number, problem in enumerate(found) if problem] == [3]
+
+
 def test_an_error_that_nobody_thought_of_is_a_finding(tmp_path: Path) -> None:
     [(_, finding)] = inspect_all([Inspection(str(tmp_path))], workers=1, work=_stumble)
     assert finding.problem == "KeyError: 'nobody thought of this'"
