@@ -3,7 +3,6 @@
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from launcher.cluster import ClusterConfig, ClusterError, Placement
 from launcher.doctor_job import DoctorJob
 from launcher.doctor_report import NodesReport
 from launcher.doctor_verdict import RankEnd, judge
-from launcher.processes import ProcessIdentity, identify, is_alive, send_signal
+from launcher.processes import ProcessIdentity, free_port, identify, is_alive, send_signal
 from launcher.run_folder import RunFolder, read_records, write_json
 from launcher.slurm import expand_hostlist
 from launcher.slurm_queue import ask_squeue
@@ -65,7 +64,7 @@ def check_nodes(
     run.submitit_dir(1).mkdir(parents=True)
     take_snapshot(run.code_dir)
     job = DoctorJob(
-        run.path, Path.cwd(), None if config is None else config.data.train, _free_port(), cluster.cpus_per_rank
+        run.path, Path.cwd(), None if config is None else config.data.train, free_port(), cluster.cpus_per_rank
     )
     started = _start(run, job, cluster, placement)
     tell(f"{cluster.executor} job {started.job_id} on {placement.nodes} node(s), at most {_LIMIT_MIN} minutes")
@@ -193,9 +192,3 @@ def _last_line(run: RunFolder, rank: int) -> str:
         if lines:
             return lines[-1][:300]
     return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -19,7 +19,7 @@ from launcher.faults import observer_from_environment
 from launcher.life import RunLife
 from launcher.lives import close_lost_attempts, record_end
 from launcher.preemption import EXIT_FAILED, EXIT_FENCED, EXIT_STOPPED, StopRequest
-from launcher.processes import identify, node_name
+from launcher.processes import free_port, identify, node_name
 from launcher.run_folder import RunFolder, rank_file, write_json
 from launcher.say import say
 from launcher.snapshot import verify_snapshot
@@ -238,9 +238,7 @@ def _agree_on_address(attempt_dir: Path, rank: int) -> tuple[str, int]:
     """Let rank 0 pick a free port of this machine and tell the others through a file of the attempt."""
     path = attempt_dir / _ADDRESS_FILE
     if rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = free_port()
         write_json(path, {"port": port})
         return "127.0.0.1", port
     deadline = time.monotonic() + _ADDRESS_WAIT_S

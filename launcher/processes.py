@@ -1,4 +1,4 @@
-"""Knowing a process again: pid, start time and boot together, so that a signal never reaches a stranger."""
+"""Knowing a process again (pid, start time and boot: a signal never reaches a stranger), and a port for its ranks."""
 
 import os
 import signal
@@ -86,3 +86,20 @@ def _start_ticks(pid: int) -> int | None:
 
 def _boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def free_port() -> int:
+    """Return a TCP port nobody on this host listens on, below the range that connections take theirs from.
+
+    The process that will listen has to import torch first: a port of that range may be taken by then. Raises OSError
+    if there is none.
+    """
+    first = int.from_bytes(os.urandom(2), "big")
+    for port in (12000 + (first + offset) % 18000 for offset in range(18000)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port between 12000 and 30000")

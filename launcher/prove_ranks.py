@@ -16,6 +16,7 @@ from pathlib import Path
 
 from launcher.job import record_error
 from launcher.preemption import EXIT_FAILED
+from launcher.processes import free_port
 from launcher.run_folder import rank_file, read_records, write_json
 
 GRACE_S = 5.0  # for the other ranks to write their own traceback after one has failed
@@ -58,8 +59,6 @@ def run_ranks(
     `GRACE_S`, at once if `is_over` says that it was meant. `tick` is called again and again; it returns a number that
     changes while the ranks make progress. Raises StalledError if it is the same for `stall_s`.
     """
-    from mvit.distributed import free_port
-
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
     try:

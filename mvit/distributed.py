@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,13 +29,6 @@ class RankInfo:
         return self.rank == 0
 
 
-def free_port() -> int:
-    """Return a TCP port that is free on this host now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def start(timeout_min: float = 30.0) -> RankInfo:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
@@ -44,9 +36,12 @@ def start(timeout_min: float = 30.0) -> RankInfo:
     Raises ValueError if only some of the variables are set: guessing would train a wrong number of ranks.
     """
     present = [name for name in _RANK_VARIABLES if name in os.environ]
+    store = None
     if not present:
+        # It listens already: nobody can take its port.
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # pyright: ignore[reportPrivateImportUsage]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ["MASTER_PORT"] = str(store.port)
     elif len(present) < len(_RANK_VARIABLES):
         missing = ", ".join(name for name in _RANK_VARIABLES if name not in os.environ)
         raise ValueError(
@@ -63,6 +58,7 @@ def start(timeout_min: float = 30.0) -> RankInfo:
     if not dist.is_initialized():
         dist.init_process_group(
             backend,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(minutes=timeout_min),

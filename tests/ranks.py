@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mvit.distributed import free_port
+from launcher.processes import free_port
 
 TIMEOUT_S = 600
 

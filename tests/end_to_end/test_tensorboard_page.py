@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvit.distributed import free_port
+from launcher.processes import free_port
 from mvit.metrics import RunLog
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -17,6 +17,7 @@ import torch
 import mvit.checkpoint
 import mvit.checkpoint_files
 import mvit.checkpoint_save
+from launcher.processes import free_port
 from mvit import distributed
 from mvit.checkpoint import (
     CheckpointError,
@@ -89,7 +90,7 @@ def spawn() -> Callable[..., Any]:
     context.set_forkserver_preload(["tests.mvit.test_save_crashes"])
 
     def start(folder: Path, die_at: tuple[int, int] | None) -> tuple[list[Any], Any]:
-        points, port = context.SimpleQueue(), distributed.free_port()
+        points, port = context.SimpleQueue(), free_port()
         ranks = [context.Process(target=_rank, args=(r, port, folder, die_at, points)) for r in range(WORLD)]
         for process in ranks:
             process.start()

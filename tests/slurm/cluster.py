@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from launcher.processes import free_port
 from tests.slurm import accounting, cgroups, nodes
-from tests.slurm.daemons import Daemons, clean_environment, free_port, program
+from tests.slurm.daemons import Daemons, clean_environment, program
 from tests.slurm.processes import descendants, environment_of
 from tests.slurm.settings import Settings, Site, gres_conf, slurm_conf
 

@@ -25,19 +25,6 @@ def clean_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
 
 
-def free_port() -> int:
-    """Return a port nobody listens on, below the range that clients take theirs from."""
-    seed = int.from_bytes(os.urandom(2), "big")
-    for port in (12000 + (seed + offset) % 18000 for offset in range(18000)):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise OSError("no free port between 12000 and 30000")
-
-
 class Daemons:
     """The running daemons of a cluster, by name."""
 

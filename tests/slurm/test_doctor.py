@@ -150,9 +150,11 @@ def test_a_job_on_two_nodes_measures_both(
     recipe["data"] |= {"train": str(digits / "train"), "validation": None}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
-    assert main(["doctor", "recipe.yaml", "--cluster", "slurm.yaml", "--submit", "--json"]) == 0
+    code = main(["doctor", "recipe.yaml", "--cluster", "slurm.yaml", "--submit", "--json"])
 
-    told = json.loads(capsys.readouterr().out)
+    report = capsys.readouterr().out
+    assert code == 0, report
+    told = json.loads(report)
     nodes = told["nodes"]["nodes"]
     assert [node["node"] for node in nodes] == ["node1", "node2"]
     for node in nodes:

@@ -115,8 +115,14 @@ class Job:
         job = self.cluster.job(self.job_id)
         told = {key: job.get(key) for key in ("JobState", "Reason", "Restarts", "NodeList", "ExitCode")}
         logs = sorted(path for path in self.project.run_dir.glob("*/*/*") if path.suffix in (".log", ".out", ".err"))
+        left = {pid: (Path("/proc") / str(pid) / "cmdline").read_text().split("\0") for pid in self.processes()}
         return "\n".join(
-            [str(told), *map(str, self.project.events()), *(f"--- {log}\n{log.read_text()[-1500:]}" for log in logs)]
+            [
+                str(told),
+                f"processes on the nodes: {left}",
+                *map(str, self.project.events()),
+                *(f"--- {log}\n{log.read_text()[-1500:]}" for log in logs),
+            ]
         )
 
 
