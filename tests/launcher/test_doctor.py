@@ -177,6 +177,17 @@ def test_what_is_wrong_with_a_rank_is_its_node_s_alone(wrong: dict[str, Any], le
     assert told in " ".join(verdicts[1].problems)
 
 
+def test_a_slow_cpu_is_a_warning_since_others_may_use_it() -> None:
+    def share(reports: list[dict]) -> None:
+        for one in reports:
+            del one["figures"]["gpu_total_gib"]
+        reports[3]["figures"]["tflops"] = 70.0
+
+    verdict = judged(share)[1]
+    assert "rank 3: 70 TFLOP/s, 0.10 of the median of all ranks" in verdict.problems
+    assert verdict.level == "WARN"
+
+
 def test_a_node_with_fewer_gpus_than_asked_for_fails() -> None:
     def lose(reports: list[dict]) -> None:
         for one in reports[2:4]:
