@@ -28,6 +28,9 @@ from data_pipeline.sources.imagefolder import read_imagefolder
 FORMAT_VERSION = 1
 SOURCES = "sources.jsonl"
 
+_MOST_BAD_IN_A_ROW = 100
+"""Samples are read in a shuffled order: so many bad ones running are no accident, but a file system that is gone."""
+
 
 class PackError(ValueError):
     """Packing cannot start or go on; nothing was written under the output's name."""
@@ -49,6 +52,12 @@ class PackOptions:
     """Stop at the first file that cannot be read as what it is instead of leaving it out and listing it."""
     overwrite: bool = False
     """Replace an existing packed output."""
+    max_bad: float = 0.05
+    """Share of a split's files that may be left out; with more the shards are written, but the report is not `ok`."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad is {self.max_bad}; it is a share of the files, from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,11 @@ class PackedSplit:
     notes: list[str] = field(default_factory=list)
     """The same in words."""
 
+    @property
+    def bad_share(self) -> float:
+        """The share of the split's files that were left out."""
+        return len(self.quarantined) / (self.num_samples + len(self.quarantined))
+
 
 @dataclass(frozen=True)
 class PackReport:
@@ -79,10 +93,16 @@ class PackReport:
     output: str
     class_names: list[str]
     splits: list[PackedSplit]
+    max_bad: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no split lost more than `max_bad` of its files."""
+        return all(split.bad_share <= self.max_bad for split in self.splits)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return asdict(self)
+        return asdict(self) | {"ok": self.ok}
 
     def __str__(self) -> str:
         lines = [f"Packed into {self.output}: {len(self.class_names)} classes"]
@@ -96,6 +116,11 @@ class PackReport:
             if split.quarantined:
                 lines.append(f"    left out {len(split.quarantined)} file(s), listed in {MANIFEST}:")
                 lines += [f"      {bad.source}: {bad.reason}" for bad in split.quarantined[:10]]
+            if split.bad_share > self.max_bad:
+                lines.append(
+                    f"    TOO MANY: {split.bad_share:.1%} of the files are left out, --max-bad allows {self.max_bad:.1%}. "
+                    "The shards are written and sound: mend the files and pack again, or allow as many"
+                )
         return "\n".join(lines)
 
 
@@ -176,7 +201,7 @@ def pack(
         raise PackError(f"Packing into {output} failed, nothing was written there: {error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return PackReport(str(output), data.class_names, splits)
+    return PackReport(str(output), data.class_names, splits, options.max_bad)
 
 
 def _write_split(
@@ -196,6 +221,7 @@ def _write_split(
     labels: Counter[int] = Counter()
     measured: Counter[str] = Counter()
     traces: list[list[str]] = []
+    bad_in_a_row = 0
     samples = data.splits[name]
     order = epoch_order([len(samples)], options.seed, 0, 1)
     digits = max(6, len(str(len(samples))))
@@ -212,7 +238,14 @@ def _write_split(
                 if options.strict:
                     raise PackError(f"{sample.source}: {checked.problem}")
                 quarantined.append(Rejected(sample.source, checked.problem))
+                bad_in_a_row += 1
+                if bad_in_a_row == _MOST_BAD_IN_A_ROW:
+                    raise PackError(
+                        f"{bad_in_a_row} {kind.noun}s in a row cannot be packed, the last: {sample.source}: "
+                        f"{checked.problem}. Nothing was written: is the source's file system there?"
+                    )
                 continue
+            bad_in_a_row = 0
             key = f"{len(traces):0{digits}d}"
             writer.write({"__key__": key, **checked.members, LABEL_EXTENSION: str(sample.label).encode()})
             traces.append([os.path.basename(str(writer.fname)), key, sample.source])

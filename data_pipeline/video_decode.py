@@ -332,7 +332,7 @@ class _errors_named:
     ) -> None:
         if isinstance(error, av.error.EOFError):
             raise DecodeError(f"{self.what}: it ends before its first frame") from error
-        if isinstance(error, av.error.FFmpegError) and not isinstance(error, MemoryError):
+        if isinstance(error, av.error.FFmpegError):  # its MemoryError, too: it says so of absurd sizes in damaged files
             raise DecodeError(f"{self.what}: {error.strerror or error}") from error
         if isinstance(error, DecodeError | ValueError):
             raise DecodeError(f"{self.what}: {error}") from error

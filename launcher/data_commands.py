@@ -105,6 +105,8 @@ def _add_output(parser: Parser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first file that cannot be read as what it is"
     )
+    text = "share of files that may be left out; above it the exit code is 1 (0.05)"
+    parser.add_argument("--max-bad", type=float, default=0.05, metavar="PART", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_json(parser)
 
@@ -215,9 +217,9 @@ def _options(args: Namespace, **defaults: int) -> "PackOptions":
 
     given = {name: getattr(args, name) for name in ("max_samples", "max_bytes", "seed", "workers")}
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
-    return PackOptions(**chosen, strict=args.strict, overwrite=args.overwrite)
+    return PackOptions(**chosen, strict=args.strict, overwrite=args.overwrite, max_bad=args.max_bad)
 
 
 def _tell(report: "PackReport", as_json: bool) -> int:
     print(json.dumps(report.as_dict()) if as_json else report)
-    return 0
+    return 0 if report.ok else 1

@@ -120,6 +120,29 @@ def test_unreadable_files_are_left_out_listed_and_counted(tree: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+def test_more_left_out_than_allowed_is_written_but_not_ok(tree: Path, tmp_path: Path) -> None:
+    for name in ("bad.jpg", "worse.jpg"):
+        (tree / "train" / "a" / name).write_bytes(b"no picture")
+    strict = pack_imagefolder(tree, tmp_path / "out")
+    assert not strict.ok
+    assert f"TOO MANY: {2 / (strict.splits[0].num_samples + 2):.1%} of the files are left out" in str(strict)
+    assert open_shards(strict.splits[0].folder)
+    assert pack_imagefolder(tree, tmp_path / "allowed", options=PackOptions(max_bad=0.5)).ok
+    with pytest.raises(ValueError, match=r"max_bad is 5; it is a share of the files, from 0 to 1"):
+        PackOptions(max_bad=5)
+
+
+def test_a_source_that_is_gone_ends_the_packing_instead_of_listing_everything(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    for number in range(150):
+        (tmp_path / "photos" / "a" / f"{number}.jpg").write_bytes(b"gone")
+    with pytest.raises(
+        PackError, match=r"100 pictures in a row cannot be packed, .* is the source's file system there"
+    ):
+        pack_imagefolder(tmp_path / "photos", tmp_path / "out", layout="classes")
+    assert not (tmp_path / "out").exists()
+
+
 def test_class_folders_alone_are_divided_by_class_and_seed(tree: Path, tmp_path: Path) -> None:
     report = pack_imagefolder(tree / "train", tmp_path / "out", holdout=0.25)
     assert [(split.name, split.counts) for split in report.splits] == [

@@ -23,7 +23,20 @@ def test_videos_are_packed_encoded_and_checked_and_the_report_is_one_json_object
     out = tmp_path / "out"
     lists = (tmp_path / "train.csv", f"validation={tmp_path}/val.csv")
     packed = mvit(
-        "data", "pack", "kinetics", *lists, out, "--short-side", "32", "--gop", "4", "--span", "0.82", "--json"
+        "data",
+        "pack",
+        "kinetics",
+        *lists,
+        out,
+        "--short-side",
+        "32",
+        "--gop",
+        "4",
+        "--span",
+        "0.82",
+        "--max-bad",
+        "0.5",
+        "--json",
     )
     assert packed.returncode == 0, packed.stderr
     report = json.loads(packed.stdout)
