@@ -57,6 +57,11 @@ def test_published_recipes_divide_over_the_published_64_gpus(path: Path) -> None
         ("kinetics400/mvitv2_small_16x4", 128, 34_537_744, 5),
         ("kinetics400/mvitv2_base_32x3", 128, 51_230_128, 5),
         ("kinetics400/mvitv2_large_40x3", 64, 213_390_112, 15),
+        ("kinetics400/mvitv2_large_16x4", 128, None, 5),
+        ("kinetics400/mvitv2_small_16x4_in1k", 128, 34_537_744, 5),
+        ("kinetics400/mvitv2_small_16x4_in21k", 128, 34_537_744, 5),
+        ("kinetics400/mvitv2_base_32x3_in1k", 128, 51_230_128, 5),
+        ("kinetics400/mvitv2_base_32x3_in21k", 128, 51_230_128, 5),
         ("kinetics600/mvitv2_base_32x3", 128, None, 5),
         ("kinetics600/mvitv2_large_40x3", 64, None, 12),
         ("kinetics700/mvitv2_base_32x3", 128, None, 9),
@@ -78,8 +83,9 @@ def test_video_recipes_have_the_published_models_views_and_batches(
     assert config.batch_arithmetic(64).global_batch_size == config.batch_arithmetic(gpus).global_batch_size
     assert config.batch_arithmetic(gpus).accumulation_steps == (4 if "ssv2/mvitv2_large" in name else 1)
     assert config.train.micro_batch_size % config.repeats == 0
-    if "kinetics" in name and "large" not in name:  # B.4: 1.6e-3 at 512 clips, from and to 16 nodes' 1e-6
-        assert config.scaled_lr(config.optim.lr) == pytest.approx(1.6e-3)
+    if "kinetics" in name and "40x3" not in name:  # B.4: at 512 clips, from and to 16 nodes' 1e-6
+        lr = 4.8e-4 if "in1k" in name else 1.6e-4 if "in21k" in name or "large" in name else 1.6e-3
+        assert config.scaled_lr(config.optim.lr) == pytest.approx(lr)
         assert config.scaled_lr(config.schedule.end_lr) == pytest.approx(1.6e-5)
 
 
