@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvit.model.positions import key_codes, relative_bias, relative_terms, table_rows
+from mvit.model.window import Window, cuts_after_pooling, partition, separating_columns, unpartition
 
 # Shape legend: B batch, L tokens (class token first where there is one, then the grid row-major), N heads,
 # D channels of a head, C = N·D channels, q / k the query and the key grid after pooling, E = sum of k over the axes.
@@ -71,6 +72,7 @@ class PoolingAttention(nn.Module):
         class_token: whether token 0 is a class token; it is not pooled and gets no relative position.
         residual_pooling: add the pooled query to the output (§4.1, eq. 5), the class token's row excepted, as in the
             official code (timm adds it there too and so computes another function).
+        window: attend within these windows only, cut after pooling (§4.2); for images without a class token.
     """
 
     form: str  # one of ATTENTION_FORMS
@@ -88,8 +90,11 @@ class PoolingAttention(nn.Module):
         qkv_bias: bool = True,
         residual_pooling: bool = True,
         form: AttentionForm = "auto",
+        window: Window | None = None,
     ) -> None:
         super().__init__()
+        assert window is None or not class_token, "a class token lies in no window"
+        self.cuts = None if window is None else cuts_after_pooling(window, stride_q, stride_kv)
         self.num_heads = num_heads
         self.class_tokens = int(class_token)
         self.residual_pooling = residual_pooling
@@ -117,7 +122,8 @@ class PoolingAttention(nn.Module):
         q, q_grid = self._pool(q, grid, self.pool_q, self.norm_q)  # (B, N, Lq, D)
         k, k_grid = self._pool(k, grid, self.pool_k, self.norm_k)  # (B, N, Lk, D)
         v, _ = self._pool(v, grid, self.pool_v, self.norm_v)
-        out = self._attend(q, k, v, q_grid, k_grid)  # (B, N, Lq, D)
+        attend = self._attend if self.cuts is None else self._attend_in_windows
+        out = attend(q, k, v, q_grid, k_grid)  # (B, N, Lq, D)
         if self.residual_pooling:
             skip = F.pad(q[:, :, 1:], (0, 0, 1, 0)) if self.class_tokens else q
             out = out + skip
@@ -135,12 +141,37 @@ class PoolingAttention(nn.Module):
         heads = norm(pooled.unflatten(-1, (self.num_heads, -1))).to(dtype)  # (B, L, N, D)
         return heads.transpose(1, 2), tuple(maps.shape[2:])
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, q_grid: Sequence[int], k_grid: Sequence[int]) -> Tensor:
+    def _attend_in_windows(
+        self, q: Tensor, k: Tensor, v: Tensor, q_grid: Sequence[int], k_grid: Sequence[int]
+    ) -> Tensor:
+        assert self.cuts is not None
+        q_cut, k_cut = self.cuts
+        apart = separating_columns(q_grid, k_grid, q_cut, k_cut, q)
+        if apart is not None:  # for every image and head: (B·n, N, w·w, 4)
+            q_apart, k_apart = (columns.repeat(q.shape[0], 1, 1).unsqueeze(1) for columns in apart)
+            apart = q_apart.expand(-1, q.shape[1], -1, -1), k_apart.expand(-1, q.shape[1], -1, -1)
+        q, k, v = partition(q, q_grid, q_cut), partition(k, k_grid, k_cut), partition(v, k_grid, k_cut)
+        out = self._attend(q, k, v, (q_cut.size,) * 2, (k_cut.size,) * 2, apart)  # (B·n, N, w·w, D)
+        return unpartition(out, q_grid, q_cut)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_grid: Sequence[int],
+        k_grid: Sequence[int],
+        apart: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Attend over whole grids, or windows; `apart`: columns of q and k whose product is added to the logits."""
         tables = [getattr(self, f"rel_pos_{axis}") for axis in self.axes]
         terms = relative_terms(q[:, :, self.class_tokens :], tables, q_grid, k_grid)
         form = default_form(q.device) if self.form == "auto" else self.form
         if form == "reference":
             bias = F.pad(relative_bias(terms, tables, k_grid), (self.class_tokens, 0) * 2) if terms else None
+            if apart is not None:
+                mask = apart[0] @ apart[1].transpose(-2, -1)
+                bias = mask if bias is None else bias + mask
             return _attend_reference(q, k, v, self.scale, bias)
         k = k * self.scale  # scales the smaller operand; the positional columns must stay unscaled
         if terms:
@@ -149,6 +180,8 @@ class PoolingAttention(nn.Module):
             extra = F.pad(torch.cat(terms, dim=-1), (0, 0, self.class_tokens, 0))
             codes = F.pad(codes, (0, 0, self.class_tokens, 0)).expand(*k.shape[:2], -1, -1)
             q, k = torch.cat((q, extra.to(q.dtype)), dim=-1), torch.cat((k, codes), dim=-1)
+        if apart is not None:
+            q, k = torch.cat((q, apart[0]), dim=-1), torch.cat((k, apart[1]), dim=-1)
         return _attend_matmul(q, k, v) if form == "matmul" else _attend_fused(q, k, v)
 
 

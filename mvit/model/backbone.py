@@ -1,6 +1,6 @@
 """The multiscale transformer: patch embedding, blocks in four stages, classifier (MViTv2 §4 and Table 1)."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from mvit.model.attention import ATTENTION_FORMS, AXES, LAYER_NORM_EPS, PoolingA
 from mvit.model.block import Block
 from mvit.model.heads import ClassificationHead, Readout, read_out
 from mvit.model.positions import resize_absolute
+from mvit.model.window import Window
 
 # Shape legend: B batch, L tokens (class token first where there is one, then the grid row-major), C channels,
 # T, H, W frames, height, width; grid = (H/4, W/4) or (T/2, H/4, W/4) tokens.
@@ -104,31 +105,23 @@ class MViT(nn.Module):
             assert name.startswith(("cls_token", "pos_embed"))
             nn.init.trunc_normal_(parameter, std=0.02)
 
-        self.blocks = nn.ModuleList()
-        grid, dim = self.grid, embed_dim
-        for stage, blocks in enumerate(self.stages.values()):
-            heads, stage_dim = num_heads * 2**stage, embed_dim * 2**stage
-            for i in blocks:
-                q_step = 2 if stage > 0 and i == blocks.start else 1
-                # Adaptive (paper §3): every query stride divides it; relative to the block's *input* grid
-                kv_step = max(kv_stride // 2**stage, 1)
-                stride_q, stride_kv = ((1,) * (axes - 2) + (step, step) for step in (q_step, kv_step))
-                last = i == blocks.stop - 1 and stage < NUM_STAGES - 1
-                attn = PoolingAttention(
-                    dim,
-                    stage_dim,
-                    heads,
-                    stride_q,
-                    stride_kv,
-                    _table_sizes(grid, stride_q, stride_kv, relative_positions),
-                    class_token=class_token,
-                    qkv_bias=qkv_bias,
-                    residual_pooling=residual_pooling,
-                )
-                dim_out = 2 * stage_dim if expand == "mlp" and last else stage_dim
-                self.blocks.append(Block(dim, stage_dim, dim_out, mlp_ratio, drop_path[i], attn))
-                grid = tuple(size // stride for size, stride in zip(grid, stride_q, strict=True))
-                dim = dim_out
+        # Adaptive (paper §3): every query stride divides it; relative to the block's *input* grid
+        kv_strides = [max(kv_stride // 2**stage, 1) for stage in range(NUM_STAGES) for _ in range(depths[stage])]
+        self.blocks = build_blocks(
+            embed_dim,
+            num_heads,
+            mlp_ratio,
+            self.stages,
+            self.grid,
+            expand=expand,
+            kv_strides=kv_strides,
+            drop_path=drop_path,
+            relative_positions=relative_positions,
+            class_token=class_token,
+            qkv_bias=qkv_bias,
+            residual_pooling=residual_pooling,
+        )
+        dim = embed_dim * 2 ** (NUM_STAGES - 1)
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.head = ClassificationHead(dim, num_classes, head_dropout)
 
@@ -154,32 +147,18 @@ class MViT(nn.Module):
         positions = self._absolute_positions(grid)
         if positions is not None:
             x = x + positions.to(x.dtype)
-        for i, block in enumerate(self.blocks):
-            if i in self._checkpointed and torch.is_grad_enabled():
-                x, grid = checkpoint(block, x, grid, use_reentrant=False)
-            else:
-                x, grid = block(x, grid)
-        return x, grid
+        return run_blocks(self.blocks, range(len(self.blocks)), x, grid, self._checkpointed)
 
     def set_activation_checkpointing(self, stages: Collection[str]) -> None:
         """Recompute the blocks of these stages ("stage1" … "stage4") in the backward pass; () turns it off.
 
         Results, random numbers of drop path included, are unchanged. Raises ValueError for an unknown stage.
         """
-        unknown = sorted(set(stages) - set(self.stages))
-        if unknown:
-            raise ValueError(
-                f"unknown stage {unknown[0]!r} for activation checkpointing; choose from {list(self.stages)}"
-            )
-        self._checkpointed = frozenset(i for stage in stages for i in self.stages[stage])
+        self._checkpointed = blocks_of(stages, self.stages)
 
     def set_attention_form(self, form: str) -> None:
         """Choose how attention is computed (same function): "auto" per device, "reference", "matmul" or "fused"."""
-        if form not in ATTENTION_FORMS:
-            raise ValueError(f"unknown attention form {form!r}; choose from {list(ATTENTION_FORMS)}")
-        for module in self.modules():
-            if isinstance(module, PoolingAttention):
-                module.form = form
+        set_attention_form(self, form)
 
     def _add_absolute_positions(self, kind: AbsolutePositions, dim: int) -> None:
         """Register `pos_embed` (1, class token + tokens, C), or SlowFast's separable three, or none."""
@@ -211,6 +190,79 @@ def stage_ranges(depths: Sequence[int]) -> dict[str, range]:
     """Return the indices of the blocks of each stage, {"stage1": range(0, depths[0]), …}."""
     starts = [sum(depths[:stage]) for stage in range(len(depths) + 1)]
     return {f"stage{stage + 1}": range(starts[stage], starts[stage + 1]) for stage in range(len(depths))}
+
+
+def blocks_of(chosen: Collection[str], stages: Mapping[str, range]) -> frozenset[int]:
+    """Return the indices of the blocks of the chosen stages; raise ValueError for an unknown one."""
+    unknown = sorted(set(chosen) - set(stages))
+    if unknown:
+        raise ValueError(f"unknown stage {unknown[0]!r} for activation checkpointing; choose from {list(stages)}")
+    return frozenset(i for stage in chosen for i in stages[stage])
+
+
+def set_attention_form(model: nn.Module, form: str) -> None:
+    """Set the form of every attention of a model; raise ValueError for an unknown one."""
+    if form not in ATTENTION_FORMS:
+        raise ValueError(f"unknown attention form {form!r}; choose from {list(ATTENTION_FORMS)}")
+    for module in model.modules():
+        if isinstance(module, PoolingAttention):
+            module.form = form
+
+
+def build_blocks(
+    embed_dim: int,
+    num_heads: int,
+    mlp_ratio: float,
+    stages: Mapping[str, range],
+    grid: Sequence[int],
+    *,
+    expand: Expand,
+    kv_strides: Sequence[int],
+    drop_path: Sequence[float],
+    relative_positions: RelativePositions,
+    class_token: bool,
+    qkv_bias: bool,
+    residual_pooling: bool,
+    windows: Sequence[Window | None] | None = None,
+) -> nn.ModuleList:
+    """Build all blocks of all stages; `kv_strides`, `drop_path` and `windows` (None: no windows) are per block."""
+    built = nn.ModuleList()
+    dim, grid = embed_dim, tuple(grid)
+    for stage, blocks in enumerate(stages.values()):
+        heads, stage_dim = num_heads * 2**stage, embed_dim * 2**stage
+        for i in blocks:
+            q_step = 2 if stage > 0 and i == blocks.start else 1
+            stride_q, stride_kv = ((1,) * (len(grid) - 2) + (step, step) for step in (q_step, kv_strides[i]))
+            last = i == blocks.stop - 1 and stage < NUM_STAGES - 1
+            attn = PoolingAttention(
+                dim,
+                stage_dim,
+                heads,
+                stride_q,
+                stride_kv,
+                _table_sizes(grid, stride_q, stride_kv, relative_positions),
+                class_token=class_token,
+                qkv_bias=qkv_bias,
+                residual_pooling=residual_pooling,
+                window=windows[i] if windows else None,
+            )
+            dim_out = 2 * stage_dim if expand == "mlp" and last else stage_dim
+            built.append(Block(dim, stage_dim, dim_out, mlp_ratio, drop_path[i], attn))
+            grid = tuple(size // stride for size, stride in zip(grid, stride_q, strict=True))
+            dim = dim_out
+    return built
+
+
+def run_blocks(
+    blocks: nn.ModuleList, which: range, x: Tensor, grid: tuple[int, ...], checkpointed: Collection[int]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Send tokens (B, L, C) on `grid` through some of the blocks, recomputing the `checkpointed` ones in backward."""
+    for i in which:
+        if i in checkpointed and torch.is_grad_enabled():
+            x, grid = checkpoint(blocks[i], x, grid, use_reentrant=False)
+        else:
+            x, grid = blocks[i](x, grid)
+    return x, grid
 
 
 def _table_sizes(
