@@ -71,7 +71,69 @@ class VideoBatch:
         return _each_tensor(self, Tensor.pin_memory)
 
 
-_Batch = TypeVar("_Batch", ImageBatch, VideoBatch)
+@dataclass(frozen=True)
+class DetectionBatch:
+    """A batch of B images of different sizes with their objects, padded at the right and the bottom, still uint8.
+
+    Shapes: images (B, 3, H, W) uint8 with channels-last strides, filled up with the mean colour; sizes (B, 2) int64,
+    the height and width that are picture; original_sizes (B, 2) int64, before augmentation and resizing; image_ids
+    (B,) int64 of the source, -1 for padding; weights, sample_ids and keys as in `ImageBatch`. The objects of all images
+    lie behind one another, which makes one transfer of them: all_boxes (M, 4) float32, XYXY in pixels of the padded
+    image; all_labels (M,) int64; all_is_crowd (M,) bool; all_masks (M, H, W) bool, None without masks; num_objects: how
+    many of the M are each image's. `boxes`, `labels`, `is_crowd` and `masks` are tuples of one view per image.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    original_sizes: Tensor
+    image_ids: Tensor
+    weights: Tensor
+    sample_ids: Tensor
+    keys: tuple[str, ...]
+    num_objects: tuple[int, ...]
+    all_boxes: Tensor
+    all_labels: Tensor
+    all_is_crowd: Tensor
+    all_masks: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images, by the name that clips have too."""
+        return self.images
+
+    @property
+    def boxes(self) -> tuple[Tensor, ...]:
+        """Boxes (N, 4) float32 of each image."""
+        return self.all_boxes.split(self.num_objects)
+
+    @property
+    def labels(self) -> tuple[Tensor, ...]:
+        """Class numbers (N,) int64 of each image's objects, from 0."""
+        return self.all_labels.split(self.num_objects)
+
+    @property
+    def is_crowd(self) -> tuple[Tensor, ...]:
+        """Whether each object is a crowd region, (N,) bool, for each image."""
+        return self.all_is_crowd.split(self.num_objects)
+
+    @property
+    def masks(self) -> tuple[Tensor, ...] | None:
+        """Masks (N, H, W) bool of each image's objects, as large as the padded images; None without masks."""
+        return None if self.all_masks is None else self.all_masks.split(self.num_objects)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "DetectionBatch":
+        """Return the batch with its tensors on `device`; asynchronous only if the batch is pinned."""
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "DetectionBatch":
+        """Return the batch in page-locked memory (torch's DataLoader calls this by name)."""
+        return _each_tensor(self, Tensor.pin_memory)
+
+
+_Batch = TypeVar("_Batch", ImageBatch, VideoBatch, DetectionBatch)
 
 
 def _each_tensor(batch: _Batch, change: Callable[[Tensor], Tensor]) -> _Batch:

@@ -14,6 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.annotations import DETECTION_MEMBERS, holds_annotations
+from data_pipeline.check_objects import (
+    ObjectSums,
+    check_annotated_pictures,
+    check_objects,
+    statistics,
+    whole_set_problems,
+)
 from data_pipeline.check_samples import check_pictures, check_videos
 from data_pipeline.decode import LABEL_EXTENSION
 from data_pipeline.shard_index import NO_LABEL, IndexHead, ShardIndex, build_index, split_index
@@ -38,6 +46,10 @@ class CheckReport:
     span_s: float = DEFAULT_SPAN_S
     measured: dict[str, float] = field(default_factory=dict)
     """Of videos: seconds, and how many are short, of variable rate or rotated."""
+    objects: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of pictures with objects: what each packed folder holds."""
+    lines: list[str] = field(default_factory=list)
+    """The same in words."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What could not be checked, or is unusual but harmless."""
@@ -58,7 +70,8 @@ class CheckReport:
         if self.measured:
             head += f"\n  {describe(self.measured, self.span_s)}"
         notes = [f"  note: {note}" for note in self.notes]
-        return "\n".join([head, *(f"  problem: {problem}" for problem in self.problems), *notes])
+        lines = [f"  {line}" for line in self.lines]
+        return "\n".join([head, *lines, *(f"  problem: {problem}" for problem in self.problems), *notes])
 
 
 def check_shards(
@@ -88,19 +101,32 @@ def check_shards(
     for part in parts:
         labels: Counter[int] = Counter()
         keys: list[tuple[str, str]] = []
+        sums = ObjectSums()
         num_read = 0
         for tar, entry in shards[part]:
             index = _check_shard(tar, entry, report)
             if index is not None:
                 num_read += 1
-                _check_samples(tar, index, labels, keys, manifests[part], report)
+                _check_samples(tar, index, labels, keys, sums, manifests[part], report)
                 if decode:
                     _decode(tar, index, _spread(index.head.num_samples, sample), workers, report)
             done += 1
             if progress is not None:
                 progress(done, total)
-        _check_whole(part, labels, keys, num_read, manifests[part], report)
+        if sums.measured:
+            _tell_objects(part, sums, num_read, manifests[part], report)
+        _check_whole(part, labels + sums.labels, keys, num_read, manifests[part], report)
     return report
+
+
+def _tell_objects(
+    part: Path, sums: ObjectSums, num_read: int, manifest: dict[str, Any] | None, report: CheckReport
+) -> None:
+    """Check the ids of a folder of pictures with objects and report its figures."""
+    whole = manifest is not None and num_read == len(manifest["shards"])
+    report.problems += whole_set_problems(part, sums, manifest if whole else None)
+    report.objects[str(part)], lines = statistics(sums, manifest["class_names"] if manifest else None)
+    report.lines += [f"{part.name}: {line}" for line in lines]
 
 
 def _manifest(part: Path, report: CheckReport) -> dict[str, Any] | None:
@@ -140,7 +166,7 @@ def _check_shard(tar: Path, entry: dict[str, Any] | None, report: CheckReport) -
                 report.problems.append(f"{tar}: its bytes are not those that were packed (SHA-256 differs)")
     try:
         content, head = build_index(str(tar))
-        check_members(str(tar), head, REQUIRED_FOR_VIDEO if holds_videos(head) else REQUIRED_FOR_CLASSIFICATION)
+        check_members(str(tar), head, _required(head))
     except ShardError as error:
         report.problems.append(str(error))
         return None
@@ -168,11 +194,16 @@ def _check_samples(
     index: ShardIndex,
     labels: Counter[int],
     keys: list[tuple[str, str]],
+    sums: ObjectSums,
     manifest: dict[str, Any] | None,
     report: CheckReport,
 ) -> None:
-    """Check the labels of one shard and collect labels and keys."""
+    """Check the labels, or the objects, of one shard and collect labels and keys."""
     num_classes = len(manifest["class_names"]) if manifest else None
+    if holds_annotations(index.head):
+        keys += [(tar.name, index.key(sample)) for sample in range(index.head.num_samples)]
+        report.problems += check_objects(tar, index, num_classes, sums)
+        return
     for sample, label in enumerate(index.labels.tolist()):
         key = index.key(sample)
         keys.append((tar.name, key))
@@ -187,6 +218,8 @@ def _decode(tar: Path, index: ShardIndex, samples: Sequence[int], workers: int, 
     if holds_videos(index.head):
         report.kind = "video"
         found = check_videos(tar, index, samples, workers, report.span_s, report.measured)
+    elif holds_annotations(index.head):
+        found = check_annotated_pictures(tar, index, samples, workers)
     else:
         found = check_pictures(tar, index, samples, workers)
     for sample, problem in found:
@@ -199,6 +232,13 @@ def _decode(tar: Path, index: ShardIndex, samples: Sequence[int], workers: int, 
 def holds_videos(head: IndexHead) -> bool:
     """Whether a shard's samples are videos, by their members."""
     return any(extension in VIDEO_EXTENSIONS for extension in head.extensions)
+
+
+def _required(head: IndexHead) -> Sequence[Sequence[str]]:
+    """Return what each sample of a shard must have, by what its samples are."""
+    if holds_annotations(head):
+        return DETECTION_MEMBERS
+    return REQUIRED_FOR_VIDEO if holds_videos(head) else REQUIRED_FOR_CLASSIFICATION
 
 
 def _spread(number: int, sample: int | None) -> Sequence[int]:

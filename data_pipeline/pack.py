@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,11 +70,13 @@ class PackedSplit:
     num_shards: int
     num_bytes: int
     counts: dict[str, int]
-    """Samples of each class."""
+    """Samples of each class; of pictures with objects, the objects."""
     missing_classes: list[str]
     """Classes that other splits have and this one does not."""
     quarantined: list[Rejected]
     """Files left out, with reasons; also in the manifest."""
+    dropped: list[Rejected] = field(default_factory=list)
+    """Objects left out of pictures that were packed, with reasons; also in the manifest."""
     measured: dict[str, float] = field(default_factory=dict)
     """Sums of what was measured of each sample: seconds, and how many are short, for one; also in the manifest."""
     notes: list[str] = field(default_factory=list)
@@ -116,10 +118,14 @@ class PackReport:
             if split.quarantined:
                 lines.append(f"    left out {len(split.quarantined)} file(s), listed in {MANIFEST}:")
                 lines += [f"      {bad.source}: {bad.reason}" for bad in split.quarantined[:10]]
+            if split.dropped:
+                lines.append(f"    dropped {len(split.dropped)} object(s), listed in {MANIFEST}:")
+                lines += [f"      {bad.source}: {bad.reason}" for bad in split.dropped[:10]]
             if split.bad_share > self.max_bad:
                 lines.append(
-                    f"    TOO MANY: {split.bad_share:.1%} of the files are left out, --max-bad allows {self.max_bad:.1%}. "
-                    "The shards are written and sound: mend the files and pack again, or allow as many"
+                    f"    TOO MANY: {split.bad_share:.1%} of the files are left out, "
+                    f"--max-bad allows {self.max_bad:.1%}. The shards are written and sound: mend the files and pack "
+                    "again, or allow as many"
                 )
         return "\n".join(lines)
 
@@ -217,9 +223,10 @@ def _write_split(
     from webdataset.writer import ShardWriter
 
     folder.mkdir()
-    quarantined = list(data.rejected.get(name, []))
+    quarantined, dropped = list(data.rejected.get(name, [])), list(data.dropped.get(name, []))
     labels: Counter[int] = Counter()
     measured: Counter[str] = Counter()
+    listed: defaultdict[str, list[int]] = defaultdict(list)
     traces: list[list[str]] = []
     bad_in_a_row = 0
     samples = data.splits[name]
@@ -236,7 +243,7 @@ def _write_split(
             one_more()
             if checked.problem:
                 if options.strict:
-                    raise PackError(f"{sample.source}: {checked.problem}")
+                    raise PackError(f"{sample.source}: {checked.problem}{kind.remedy}")
                 quarantined.append(Rejected(sample.source, checked.problem))
                 bad_in_a_row += 1
                 if bad_in_a_row == _MOST_BAD_IN_A_ROW:
@@ -247,10 +254,13 @@ def _write_split(
                 continue
             bad_in_a_row = 0
             key = f"{len(traces):0{digits}d}"
-            writer.write({"__key__": key, **checked.members, LABEL_EXTENSION: str(sample.label).encode()})
+            label = {} if sample.label is None else {LABEL_EXTENSION: str(sample.label).encode()}
+            writer.write({"__key__": key, **checked.members, **label})
             traces.append([os.path.basename(str(writer.fname)), key, sample.source])
-            labels[sample.label] += 1
+            labels.update(checked.labels if sample.label is None else [sample.label])
             measured.update(checked.measured)
+            for fact, value in checked.listed.items():
+                listed[fact].append(value)
     if not traces:
         raise PackError(f"Split {name}: none of {len(samples)} {kind.noun}s can be decoded, e.g. {quarantined[-1]}")
     shards = [_describe(tar) for tar in sorted(folder.glob("*.tar"))]
@@ -271,8 +281,13 @@ def _write_split(
         "sources": {"name": SOURCES, "sha256": hashlib.sha256(lines).hexdigest()},
         "quarantined": [asdict(bad) for bad in quarantined],
         "measured": dict(measured),
+        **({"dropped": [asdict(bad) for bad in dropped]} if dropped else {}),
+        **data.facts,
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    text = json.dumps(manifest, indent=1)
+    for fact, values in listed.items():  # in one line each: they are as long as the set
+        text = f'{text[:-2]},\n "{fact}": {json.dumps(values)}\n}}'
+    write_atomically(folder / MANIFEST, text.encode())
     missing = [class_name for class_name, number in counts.items() if number == 0]
     num_bytes = sum(shard["bytes"] for shard in shards)
     return PackedSplit(
@@ -284,8 +299,9 @@ def _write_split(
         counts,
         missing,
         quarantined,
+        dropped,
         dict(measured),
-        kind.tell(measured),
+        kind.tell(measured, counts),
     )
 
 
@@ -311,7 +327,8 @@ def check_output(output: Path, options: PackOptions) -> None:
 def _check_space(data: SourceData, folder: Path) -> None:
     """Fail before writing if the shards cannot fit: each member is padded to 512 bytes after a header of 512."""
     samples = [sample for split in data.splits.values() for sample in split]
-    needed = sum(512 + -(-sample.size // 512) * 512 + 1024 + 256 for sample in samples) + (1 << 20)
+    sizes = [size for sample in samples for size in (sample.size, *map(len, sample.members.values()))]
+    needed = sum(512 + -(-size // 512) * 512 for size in sizes) + (1024 + 256) * len(samples) + (1 << 20)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise PackError(f"{folder} has {free:,} bytes free, the shards of {data.origin} need about {needed:,}.")

@@ -149,6 +149,7 @@ def _checked(sample: SourceSample, task: Inspection, finding: Finding, options: 
     return Checked({extension: content, FACTS_EXTENSION: json.dumps(asdict(finding.facts)).encode()}, None, measured)
 
 
-def _tell(options: VideoPackOptions, measured: Mapping[str, float]) -> list[str]:
+def _tell(options: VideoPackOptions, measured: Mapping[str, float], counts: Mapping[str, int]) -> list[str]:
+    del counts
     encoded = [f"encoded anew from {measured['source_bytes']:,.0f} bytes"] if options.encoding else []
     return [describe(measured, options.span_s), *encoded]

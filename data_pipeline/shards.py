@@ -4,12 +4,13 @@ Opening checks everything that needs no pixel: every tar is whole, every sample 
 agrees. What is wrong is named before training starts.
 """
 
+import copy
 import glob
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -41,6 +42,7 @@ class ShardSet:
         self.paths = tuple(paths)
         self.names = tuple(os.path.basename(path) for path in paths)
         self.shard_sizes = np.array([head.num_samples for head in heads], dtype=np.int64)
+        self.manifests = tuple(manifests)
         self.manifest: dict[str, Any] | None = manifests[0] if len(manifests) == 1 else None
         self.class_names: tuple[str, ...] | None = _same_classes(manifests)
         self.num_classes: int | None = len(self.class_names) if self.class_names else None
@@ -48,13 +50,26 @@ class ShardSet:
         self._bytes = tuple(head.tar_bytes for head in heads)
         self._labels = [label for head in heads for label in (head.lowest_label, head.highest_label)]
         self._ends = np.cumsum(self.shard_sizes)
+        self._chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.shard_sizes.sum())
+
+    def select(self, samples: np.ndarray) -> "ShardSet":
+        """Return a set with these samples alone, which must rise; they are numbered anew from 0."""
+        assert self._chosen is None, "a selection of a selection"
+        assert (np.diff(samples, prepend=-1, append=len(self)) > 0).all(), samples
+        selection = copy.copy(self)
+        selection._open = OrderedDict()
+        selection._chosen = np.asarray(samples, dtype=np.int64)
+        shards = np.searchsorted(self._ends, selection._chosen, side="right")
+        selection.shard_sizes = np.bincount(shards, minlength=len(self.shard_sizes)).astype(np.int64)
+        return selection
 
     def fingerprint(self) -> str:
         """Return a short identity of the content: names, sample counts and sizes of the shards, not their folder."""
         facts = [self.names, self.shard_sizes.tolist(), self._bytes]
+        facts += [] if self._chosen is None else [self._chosen.tolist()]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
     def key(self, sample: int) -> str:
@@ -62,13 +77,17 @@ class ShardSet:
         shard, place = self._locate(sample)
         return f"{self.names[shard]}/{self._opened(shard)[1].key(place)}"
 
-    def read(self, sample: int) -> dict[str, bytes]:
-        """Return a sample's members by extension. Raises ShardError if the shard has changed since it was opened."""
+    def read(self, sample: int, only: Container[str] | None = None) -> dict[str, bytes]:
+        """Return a sample's members by extension, or of them `only` some.
+
+        Raises ShardError if the shard has changed since it was opened.
+        """
         shard, place = self._locate(sample)
         file, index = self._opened(shard)
         members = {}
         for extension, offset, size in index.members(place):
-            members[extension] = _read_fully(file, offset, size, self.paths[shard])
+            if only is None or extension in only:
+                members[extension] = _read_fully(file, offset, size, self.paths[shard])
         return members
 
     def label(self, sample: int) -> int:
@@ -89,8 +108,10 @@ class ShardSet:
     def _locate(self, sample: int) -> tuple[int, int]:
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
+        if self._chosen is not None:
+            sample = int(self._chosen[sample])
         shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, int(sample - self._ends[shard] + self.shard_sizes[shard])
+        return shard, int(sample - (self._ends[shard - 1] if shard else 0))
 
     def _opened(self, shard: int) -> tuple[int, ShardIndex]:
         """Return (file descriptor, index) of a shard, keeping the most recently used ones open."""

@@ -27,6 +27,8 @@ def add_data(group: "argparse._SubParsersAction") -> None:
     _add_camera(sources)
     _add_kinetics(sources)
     _add_ssv2(sources)
+    _add_coco(sources)
+    _add_shapes(sources)
 
     check = add_command(data, "check", data_check, "verify every byte of packed shards", "mvit data check shards/train")
     check.add_argument("shards", metavar="SHARDS", help="a folder that `mvit data pack` wrote")
@@ -76,6 +78,24 @@ def _add_ssv2(sources: "argparse._SubParsersAction") -> None:
     _add_video_options(parser, "labels.json (the one beside the first list)")
 
 
+def _add_coco(sources: "argparse._SubParsersAction") -> None:
+    example = "mvit data pack coco train2017 instances_train.json data/coco --validation val2017 instances_val.json"
+    parser = add_command(sources, "coco", pack_coco, "pack pictures with boxes and masks, listed as COCO's", example)
+    parser.add_argument("images", metavar="IMAGES", help="folder, or tar, of the pictures")
+    parser.add_argument("annotations", metavar="JSON", help="COCO's JSON: images, annotations, categories")
+    _add_output(parser, strict=False)
+    parser.add_argument("--split", default="train", metavar="NAME", help="the name of this split (train)")
+    text = "pack these as split `validation` with it"
+    parser.add_argument("--validation", nargs=2, metavar=("IMAGES", "JSON"), help=text)
+    text = "leave out pictures and objects that break a rule, counted and listed, instead of refusing the set"
+    parser.add_argument("--drop-bad", action="store_true", help=text)
+
+
+def _add_shapes(sources: "argparse._SubParsersAction") -> None:
+    text = "pack drawn shapes with exact masks, which need no download: the data of `make demo-detection`"
+    _add_output(add_command(sources, "shapes", pack_shapes, text, "mvit data pack shapes data/shapes"))
+
+
 def _add_video_options(parser: Parser, labels: str) -> None:
     _add_output(parser)
     parser.add_argument("--videos", metavar="DIR", help="folder that holds the videos (the list's own)")
@@ -94,7 +114,7 @@ def _add_span(parser: Parser) -> None:
     parser.add_argument("--span", type=_seconds, metavar="S", help=text)
 
 
-def _add_output(parser: Parser) -> None:
+def _add_output(parser: Parser, strict: bool = True) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write; it gets one folder per split")
     parser.add_argument("--max-samples", type=int, metavar="N", help="most samples in a shard")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="size at which a shard is closed")
@@ -102,9 +122,10 @@ def _add_output(parser: Parser) -> None:
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="threads, for videos processes, that decode for checking"
     )
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first file that cannot be read as what it is"
-    )
+    if strict:
+        parser.add_argument(
+            "--strict", action="store_true", help="stop at the first file that cannot be read as what it is"
+        )
     text = "share of files that may be left out; above it the exit code is 1 (0.05)"
     parser.add_argument("--max-bad", type=float, default=0.05, metavar="PART", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -171,6 +192,31 @@ def pack_ssv2(args: Namespace) -> int:
     return _pack_videos(args, pack_ssv2)
 
 
+def pack_coco(args: Namespace) -> int:
+    """Pack a COCO data set."""
+    from data_pipeline.pack_coco import pack_coco
+    from mvit.progress import counting
+
+    sets = {args.split: (args.images, args.annotations)}
+    if args.validation:
+        if args.split == "validation":
+            raise ValueError("--split validation and --validation name the same split; leave one of them out.")
+        sets["validation"] = tuple(args.validation)
+    with counting(args.json) as count:
+        report = pack_coco(sets, args.out, drop_bad=args.drop_bad, options=_options(args), progress=count)
+    return _tell(report, args.json)
+
+
+def pack_shapes(args: Namespace) -> int:
+    """Pack the drawn shapes."""
+    from data_pipeline.pack_coco import pack_shapes
+    from mvit.progress import counting
+
+    with counting(args.json) as count:
+        report = pack_shapes(args.out, options=_options(args, max_samples=256), progress=count)
+    return _tell(report, args.json)
+
+
 def data_check(args: Namespace) -> int:
     """Verify shards; exit code 1 when something is wrong."""
     from data_pipeline.check import check_shards
@@ -217,7 +263,7 @@ def _options(args: Namespace, **defaults: int) -> "PackOptions":
 
     given = {name: getattr(args, name) for name in ("max_samples", "max_bytes", "seed", "workers")}
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
-    return PackOptions(**chosen, strict=args.strict, overwrite=args.overwrite, max_bad=args.max_bad)
+    return PackOptions(**chosen, strict=getattr(args, "strict", False), overwrite=args.overwrite, max_bad=args.max_bad)
 
 
 def _tell(report: "PackReport", as_json: bool) -> int:

@@ -1,34 +1,45 @@
 """Raw data sets that can be packed into shards: what a source hands to the packer."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class SourceSample:
-    """One picture to pack: a file as it is, or bytes made by the source."""
+    """One sample to pack: a file as it is, a part of one, or bytes made by the source."""
 
     source: str
     """Where it comes from, relative to the source's root: kept so that a packed sample can be traced back."""
-    label: int
+    label: int | None
+    """Class number; None if the sample's classes stand in a member of its own."""
     extension: str
     """Without the dot, lower case; the member's name in the shard."""
     size: int
     """Bytes."""
     file: Path | None = None
     content: bytes | None = None
+    offset: int | None = None
+    """Where the `size` bytes begin in the file, if it holds more (a tar)."""
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    """Further members, by extension."""
 
     def read(self) -> bytes:
         """Return the bytes to store, unchanged."""
         if self.content is not None:
             return self.content
         assert self.file is not None
-        return self.file.read_bytes()
+        if self.offset is None:
+            return self.file.read_bytes()
+        with open(self.file, "rb") as file:
+            return os.pread(file.fileno(), self.size, self.offset)
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file that was not packed, and why."""
+    """A file, or an object in one, that was not packed, and why."""
 
     source: str
     reason: str
@@ -45,3 +56,7 @@ class SourceData:
     """How the samples were divided among the splits, in words."""
     rejected: dict[str, list[Rejected]] = field(default_factory=dict)
     """Files that are no pictures, by split."""
+    dropped: dict[str, list[Rejected]] = field(default_factory=dict)
+    """Objects left out of pictures that are packed, by split."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further entries for the manifest of every split."""
