@@ -19,24 +19,26 @@ class Target:
     """The objects of one image, in pixels of the image as the detector sees it.
 
     Shapes: boxes (N, 4) float32 XYXY; labels (N,) int64 in 0 … num_classes - 1; masks (N, H, W) bool or uint8, from
-    the image's upper left corner, of the padded or the unpadded size; is_crowd (N,) bool, None for no crowds.
+    the image's upper left corner, of the padded or the unpadded size, None for a detector of boxes alone; is_crowd
+    (N,) bool, None for no crowds.
     """
 
     boxes: Tensor
     labels: Tensor
-    masks: Tensor
+    masks: Tensor | None = None
     is_crowd: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Target":
         """Return the target with its tensors on `device`."""
-        crowd = None if self.is_crowd is None else self.is_crowd.to(device, non_blocking=non_blocking)
-        boxes, labels, masks = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in (self.boxes, self.labels, self.masks)
+        moved = (
+            None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.masks, self.is_crowd)
         )
-        return Target(boxes, labels, masks, crowd)
+        boxes, labels = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.boxes, self.labels))
+        return Target(boxes, labels, *moved)
 
 
-def training_targets(targets: Sequence[Target], num_classes: int) -> list[Target]:
+def training_targets(targets: Sequence[Target], num_classes: int, *, masks: bool) -> list[Target]:
     """Check the targets of a batch and leave out the crowds.
 
     A crowd is a region, not an object: it is never a positive, and what lies in it counts as background, as in the
@@ -51,10 +53,16 @@ def training_targets(targets: Sequence[Target], num_classes: int) -> list[Target
                 "must be float32 (half precision moves boxes by pixels) and int64"
             )
         count = len(target.labels)
-        if target.boxes.shape != (count, 4) or len(target.masks) != count or target.masks.ndim != 3:
+        if target.labels.ndim != 1 or target.boxes.shape != (count, 4):
             raise ValueError(
-                f"target {index} of the batch: boxes {tuple(target.boxes.shape)}, labels {tuple(target.labels.shape)} "
-                f"and masks {tuple(target.masks.shape)} must be (N, 4), (N,) and (N, H, W)"
+                f"target {index} of the batch: boxes {tuple(target.boxes.shape)} and labels "
+                f"{tuple(target.labels.shape)} must be (N, 4) and (N,)"
+            )
+        if masks and (target.masks is None or target.masks.ndim != 3 or len(target.masks) != count):
+            given = "none" if target.masks is None else str(tuple(target.masks.shape))
+            raise ValueError(
+                f"target {index} of the batch: masks {given} must be ({count}, H, W); without masks in the data, "
+                "build the detector with masks=False"
             )
     boxes = torch.cat([target.boxes for target in checked])
     labels = torch.cat([target.labels for target in checked])
@@ -78,7 +86,8 @@ def _without_crowds(target: Target) -> Target:
     if target.is_crowd is None:
         return target
     keep = ~target.is_crowd.bool()
-    return Target(target.boxes[keep], target.labels[keep], target.masks[keep])
+    masks = None if target.masks is None else target.masks[keep]
+    return Target(target.boxes[keep], target.labels[keep], masks)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle_code
 from torch import Tensor
 
+from data_pipeline.batch import DetectionBatch
 from mvit.detection.detections import Detections
 from mvit.distributed import broadcast_object
 
@@ -37,82 +37,61 @@ Rle = dict[str, Any]
 """COCO's run-length code of a mask: {"size": [H, W], "counts": str}."""
 
 
-@dataclass(frozen=True)
-class ImageTruth:
-    """What is annotated in one image, in its original pixels; all sequences have one entry per object.
-
-    boxes: XYXY. labels: from 0. masks: run-length codes. is_crowd: regions of many objects, which the metric ignores.
-    areas: in pixels, of the masks as annotated; they decide what is small, medium and large. None: counted from masks.
-    """
-
-    image_id: int
-    size: tuple[int, int]
-    """Height and width."""
-    boxes: Sequence[Sequence[float]]
-    labels: Sequence[int]
-    masks: Sequence[Rle]
-    is_crowd: Sequence[bool]
-    areas: Sequence[float] | None = None
-
-
 class CocoMetric:
-    """Collects detections beside the truth, then computes AP and AR on rank 0.
+    """Collects detections, then computes AP and AR on rank 0 against the truth, which only rank 0 reads.
 
     Args:
-        category_ids: COCO's id of each label, `category_ids[label]`.
-        image_ids: those that must have been seen once, over all ranks together; None does not ask for any.
-        max_missing: so many of them may be missing, undecodable images as `data.max_bad_samples` allows.
+        truth: returns a COCO data set (images, annotations, categories in the order of the labels); called once, on
+            rank 0, by `compute`. See `data_pipeline.detection.ground_truth`.
+        max_missing: so many of its images may be missing: undecodable ones, as `data.max_bad_samples` allows. Objects
+            in them are not measured.
         results_file: rank 0 writes the detections there, in COCO's results format.
     """
 
     def __init__(
         self,
-        category_ids: Sequence[int],
-        image_ids: Collection[int] | None = None,
+        truth: Callable[[], Mapping[str, Any]],
         max_missing: int = 0,
         results_file: str | Path | None = None,
     ) -> None:
-        repeated = [str(each) for each, count in Counter(category_ids).items() if count > 1]
-        if repeated:
-            raise ValueError(
-                f"category_ids has {', '.join(repeated)} more than once; each label needs an id of its own"
-            )
-        self._category_ids = [int(each) for each in category_ids]
-        self._expected = None if image_ids is None else {int(each) for each in image_ids}
+        self._truth = truth
         self._max_missing = max_missing
         self._results_file = None if results_file is None else Path(results_file)
-        self._images: list[dict[str, Any]] = []
-        self._annotations: list[dict[str, Any]] = []
-        self._results: list[dict[str, Any]] = []
+        self._seen: list[int] = []
+        self._results: list[dict[str, Any]] = []  # with labels; the categories are known on rank 0
 
-    def add(self, found: Detections, truth: ImageTruth) -> None:
-        """Add one image; detections of another size are resized to the original's, their masks pasted there."""
-        found = found if found.size == truth.size else found.resized(truth.size)
-        image_id, (height, width) = int(truth.image_id), truth.size
-        self._images.append({"id": image_id, "height": height, "width": width})
-        self._annotations += self._truth_rows(truth)
-        codes = encode_masks(found.pasted().cpu())
+    def update(self, predictions: Sequence[Detections], batch: DetectionBatch) -> None:
+        """Add the detections of a batch; images of weight 0 are padding and do not count."""
+        rows = zip(
+            predictions,
+            batch.image_ids.tolist(),
+            batch.original_sizes.tolist(),
+            batch.weights.tolist(),
+            strict=True,
+        )
+        for found, image_id, (height, width), weight in rows:
+            if weight > 0:
+                self.add(found, image_id, (height, width))
+
+    def add(self, found: Detections, image_id: int, original: tuple[int, int]) -> None:
+        """Add what was found in one image; boxes and masks are resized to the original's size (H, W)."""
+        self._seen.append(int(image_id))
+        found = found if found.size == original else found.resized(original)
+        codes = [None] * len(found) if found.masks is None else encode_masks(found.pasted().cpu())
         rows = zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), codes, strict=True)
-        self._results += [
-            {
-                "image_id": image_id,
-                "category_id": self._category_ids[label],
-                "bbox": [left, top, right - left, bottom - top],
-                "score": score,
-                "segmentation": code,
-            }
-            for (left, top, right, bottom), label, score, code in rows
-        ]
+        for (left, top, right, bottom), label, score, code in rows:
+            mask = {} if code is None else {"segmentation": code}
+            box = [left, top, right - left, bottom - top]
+            self._results.append({"image_id": int(image_id), "label": label, "bbox": box, "score": score} | mask)
 
     def compute(self) -> dict[str, float]:
         """Return box_ap, box_ap50, … mask_ar_large, and the number of images, over all ranks (collective).
 
-        Fractions; -1 where there is nothing to measure. Raises RuntimeError on every rank if an image was seen twice,
-        or not at all, or was not expected.
+        Fractions; -1 where there is nothing to measure. The figures of masks are there if the detections have masks.
+        Raises RuntimeError on every rank if an image was seen twice, not at all, or is not in the truth.
         """
-        # As bytes: rank 0 alone takes them apart. Compressed masks of 5,000 images are about 50 MB in all.
-        share = json.dumps([self._images, self._annotations, self._results]).encode()
-        shares = _gather_on_main(share)
+        # As bytes: rank 0 alone takes them apart. Compressed masks of 5,000 images are about 50 MB in all
+        shares = _gather_on_main(json.dumps([self._seen, self._results]).encode())
         answer: tuple[dict[str, float] | None, str | None] = (None, None)
         if shares is not None:
             try:
@@ -126,79 +105,65 @@ class CocoMetric:
             raise RuntimeError(f"COCO evaluation failed on rank 0: {problem}")
         return figures
 
-    def _truth_rows(self, truth: ImageTruth) -> list[dict[str, Any]]:
-        areas = truth.areas
-        if areas is None:
-            areas = [float(area) for area in rle_code.area(list(truth.masks))] if truth.masks else []
-        rows = zip(truth.boxes, truth.labels, truth.masks, truth.is_crowd, areas, strict=True)
-        return [
-            {
-                "image_id": int(truth.image_id),
-                "category_id": self._category_ids[int(label)],
-                "bbox": [float(left), float(top), float(right - left), float(bottom - top)],
-                "segmentation": _as_text(code),
-                "iscrowd": int(crowd),
-                "area": float(area),
-            }
-            for (left, top, right, bottom), label, code, crowd, area in rows
-        ]
-
     def _evaluate(self, shares: Sequence[bytes]) -> dict[str, float]:
-        images, annotations, results = ([row for part in parts for row in part] for parts in _unpack(shares))
-        self._check_images(Counter(image["id"] for image in images))
+        parts = [json.loads(share) for share in shares]
+        seen = Counter(image for part in parts for image in part[0])
+        truth = self._truth()
+        self._check_images(seen, {int(image["id"]) for image in truth["images"]})
         # The same order on any number of ranks: the figures of tied scores depend on it
-        for rows in (annotations, results):
-            rows.sort(key=lambda row: row["image_id"])
+        found = sorted((row for part in parts for row in part[1]), key=lambda row: row["image_id"])
+        ids = [category["id"] for category in truth["categories"]]
+        results = [
+            {"image_id": row["image_id"], "category_id": ids[row["label"]]}
+            | {key: value for key, value in row.items() if key not in ("image_id", "label")}
+            for row in found
+        ]
         if self._results_file is not None:
             part = self._results_file.with_suffix(f".{os.getpid()}.tmp")
             part.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(results))
             part.replace(self._results_file)
-        figures = coco_figures(images, annotations, results, self._category_ids)
-        return figures | {"images": float(len(images))}
+        measured = {
+            "images": [image for image in truth["images"] if image["id"] in seen],
+            "annotations": [row for row in truth["annotations"] if row["image_id"] in seen],
+            "categories": truth["categories"],
+        }
+        return coco_figures(measured, results) | {"images": float(len(seen))}
 
-    def _check_images(self, seen: Counter[int]) -> None:
+    def _check_images(self, seen: Counter[int], expected: set[int]) -> None:
         repeated = sorted(image for image, count in seen.items() if count > 1)
+        missing, unknown = sorted(expected - seen.keys()), sorted(seen.keys() - expected)
         if repeated:
             raise ValueError(f"{len(repeated)} images were seen more than once, image {repeated[0]} among them")
-        if self._expected is None:
-            return
-        missing, unknown = sorted(self._expected - seen.keys()), sorted(seen.keys() - self._expected)
         if unknown:
-            raise ValueError(f"{len(unknown)} images are not in the set, image {unknown[0]} among them")
+            raise ValueError(f"{len(unknown)} images are not in the truth, image {unknown[0]} among them")
         if len(missing) > self._max_missing:
             raise ValueError(
-                f"{len(missing)} of {len(self._expected)} images were not seen, image {missing[0]} among them; "
+                f"{len(missing)} of {len(expected)} images were not seen, image {missing[0]} among them; "
                 f"{self._max_missing} may be missing"
             )
 
 
-def coco_figures(
-    images: Sequence[Mapping[str, Any]],
-    annotations: Sequence[Mapping[str, Any]],
-    results: Sequence[Mapping[str, Any]],
-    category_ids: Sequence[int],
-) -> dict[str, float]:
+def coco_figures(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the twelve figures of boxes and of masks, box_ap … mask_ar_large, by COCOeval (faster-coco-eval).
 
-    images: id, height, width. annotations, results: as in COCO's files, boxes XYWH and run-length-coded masks.
+    truth: a COCO data set: images, annotations, categories. results: in COCO's results format; masks are measured
+    only if truth and results all have them (an empty list of results has).
     """
-    truth = COCO(
-        {
-            "info": {},
-            "images": [dict(image) for image in images],
-            "categories": [{"id": category, "name": str(category)} for category in category_ids],
-            "annotations": [dict(row, id=index) for index, row in enumerate(annotations, start=1)],
-        }
-    )
     figures: dict[str, float] = {}
     kinds: tuple[tuple[Kind, str], ...] = (("box", "bbox"), ("mask", "segm"))
     for kind, iou_type in kinds:
-        if iou_type == "bbox":  # with a mask in it, a result's area would be the mask's, not the box's
-            rows = [{key: value for key, value in row.items() if key != "segmentation"} for row in results]
-        else:
-            rows = [{key: value for key, value in row.items() if key != "bbox"} for row in results]
-        evaluation = COCOeval_faster(truth, truth.loadRes(rows), iou_type, print_function=lambda *_: None)
+        if kind == "mask" and not all(
+            "segmentation" in row for rows in (truth["annotations"], results) for row in rows
+        ):
+            continue
+        # A result's area is its mask's in the evaluation of masks and its box's in that of boxes (as detectron2 does;
+        # COCOeval itself takes the box wherever there is one, which moves AP of small, medium and large)
+        hidden = "segmentation" if kind == "box" else "bbox"
+        rows = [{key: value for key, value in row.items() if key != hidden} for row in results]
+        fresh = {key: [dict(row) for row in truth[key]] for key in ("images", "annotations", "categories")}
+        known = COCO({"info": {}, **fresh})
+        evaluation = COCOeval_faster(known, known.loadRes(rows), iou_type, print_function=lambda *_: None)
         evaluation.run()
         figures |= {f"{kind}_{name}": float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
     return figures
@@ -214,11 +179,6 @@ def _as_text(code: Rle) -> Rle:
     counts = code["counts"]
     size = [int(each) for each in code["size"]]
     return {"size": size, "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
-
-
-def _unpack(shares: Sequence[bytes]) -> list[list[Any]]:
-    """Return images, annotations and results, each a list of every rank's."""
-    return [list(parts) for parts in zip(*(json.loads(share) for share in shares), strict=True)]
 
 
 def _gather_on_main(value: bytes) -> list[bytes] | None:

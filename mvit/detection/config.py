@@ -18,6 +18,8 @@ class DetectionConfig(Settings):
     half-pixel-correct positions, masks are trained on binary targets of 28 x 28.
     """
 
+    masks: bool = True
+    """Predict masks; False: boxes alone (Faster and Cascade R-CNN)."""
     head_norm: HeadNorm | None = None
     """Norm after the convolutions of the box and mask heads. None: as published, "sync_batch" (statistics over all
     ranks) for the cascade and "none" for Mask R-CNN; "layer" is ViTDet's, without any word between ranks. With a norm

@@ -13,13 +13,13 @@ class Detections:
     """The objects found in one image, best first.
 
     Shapes: boxes (N, 4) fp32 XYXY in pixels of an image of `size` (H, W); labels (N,) int64 from 0; scores (N,) in
-    [0, 1]; masks (N, 28, 28) fp32 probabilities over each box, which `pasted` puts into the image.
+    [0, 1]; masks (N, 28, 28) fp32 probabilities over each box, which `pasted` puts into the image, or None.
     """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
-    masks: Tensor
+    masks: Tensor | None
     size: tuple[int, int]
 
     def __len__(self) -> int:
@@ -27,9 +27,8 @@ class Detections:
 
     def to(self, device: torch.device | str) -> "Detections":
         """Return the detections on `device`."""
-        boxes, labels, scores, masks = (
-            tensor.to(device) for tensor in (self.boxes, self.labels, self.scores, self.masks)
-        )
+        masks = None if self.masks is None else self.masks.to(device)
+        boxes, labels, scores = (tensor.to(device) for tensor in (self.boxes, self.labels, self.scores))
         return Detections(boxes, labels, scores, masks, self.size)
 
     def resized(self, size: tuple[int, int]) -> "Detections":
@@ -37,7 +36,9 @@ class Detections:
         return replace(self, boxes=resize_boxes(self.boxes, self.size, size), size=size)
 
     def pasted(self, threshold: float = 0.5) -> Tensor:
-        """Return the masks in the image, (N, H, W) bool."""
+        """Return the masks in the image, (N, H, W) bool; raises ValueError if the detector predicts none."""
+        if self.masks is None:
+            raise ValueError("these detections have no masks: the detector was built with masks=False")
         return paste_masks(self.masks, self.boxes, self.size, threshold)
 
 

@@ -36,7 +36,7 @@ class Detector(nn.Module):
         self.pyramid = FeaturePyramid(backbone, config.pyramid_channels)
         self.rpn = ProposalNetwork(config, num_convs=2 if cascade else 1)
         self.box_heads = (CascadeHeads if cascade else BoxHeads)(config, num_classes, norm)
-        self.mask_branch = MaskBranch(config, num_classes, norm)
+        self.mask_branch = MaskBranch(config, num_classes, norm) if config.masks else None
 
     def forward(
         self, images: Tensor, sizes: Tensor | Sequence[Sequence[int]], targets: Sequence[Target] | None = None
@@ -58,10 +58,12 @@ class Detector(nn.Module):
         if targets is None or len(targets) != len(images):
             given = "none" if targets is None else str(len(targets))
             raise ValueError(f"training needs one target for each of the {len(images)} images, got {given}")
-        truth = training_targets(targets, self.num_classes)
+        truth = training_targets(targets, self.num_classes, masks=self.config.masks)
         pyramid, proposals, losses = self._propose(images, sizes, truth)
         chosen = training_boxes(proposals, truth, self.config)
         losses |= self.box_heads.losses(pyramid, chosen, truth)
+        if self.mask_branch is None:
+            return losses
         return losses | self.mask_branch.losses(pyramid, chosen, truth)
 
     def detect(self, images: Tensor, sizes: Tensor | Sequence[Sequence[int]]) -> list[Detections]:
@@ -75,9 +77,11 @@ class Detector(nn.Module):
         return pyramid, self.box_heads.candidates(pyramid, proposals)
 
     def with_masks(self, pyramid: Pyramid, found: Sequence[Candidates]) -> list[Detections]:
-        """Return the boxes found in each image with their masks."""
-        labels = [each.labels for each in found]
-        masks = self.mask_branch.probabilities(pyramid, [each.boxes for each in found], labels)
+        """Return the boxes found in each image with their masks, if the detector predicts any."""
+        masks: Sequence[Tensor | None] = [None] * len(found)
+        if self.mask_branch is not None:
+            labels = [each.labels for each in found]
+            masks = self.mask_branch.probabilities(pyramid, [each.boxes for each in found], labels)
         return [
             Detections(each.boxes, each.labels, each.scores, mask, size)
             for each, mask, size in zip(found, masks, pyramid.sizes, strict=True)

@@ -18,6 +18,7 @@ def mask_targets(positives: Matches, target: Target, side: int, *, aligned: bool
     """Cut the true masks of one image out at the boxes that are on them: (P, M, M) fp32 in [0, 1]."""
     if not len(positives.boxes):
         return positives.boxes.new_zeros((0, side, side))
+    assert target.masks is not None
     used, index = positives.objects.unique(return_inverse=True)
     regions = torch.cat((index[:, None].to(positives.boxes), positives.boxes), dim=1)
     cut = roi_align(target.masks[used, None].float(), regions, side, 1.0, aligned=aligned)[:, 0]

@@ -44,8 +44,10 @@ def detect_in_views(detector: Detector, views: Sequence[View], original: tuple[i
     """
     looks = [(view, *detector.candidates(view.pixels, [view.size])) for view in views]
     best = merge([to_original(found[0], view, original) for view, _, found in looks], detector.config)
-    masks = []
+    masks: list[Tensor] = []
     for view, pyramid, _ in looks:
         mask = detector.with_masks(pyramid, [to_view(best, view, original)])[0].masks
-        masks.append(mask.flip(-1) if view.mirrored else mask)
-    return Detections(best.boxes, best.labels, best.scores, torch.stack(masks).mean(dim=0), original)
+        if mask is not None:
+            masks.append(mask.flip(-1) if view.mirrored else mask)
+    mean = torch.stack(masks).mean(dim=0) if masks else None
+    return Detections(best.boxes, best.labels, best.scores, mean, original)
