@@ -3,7 +3,7 @@
 import io
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,6 +22,8 @@ from data_pipeline.reads import Collate, Item, Transform
 from data_pipeline.seeding import seeded
 from data_pipeline.shards import ShardSet
 
+Pipeline = tuple[Transform, Collate]
+
 
 @dataclass(frozen=True)
 class DataBenchRow:
@@ -34,7 +36,7 @@ class DataBenchRow:
     samples_per_second: float
     """Wall clock: suffers from whatever else the machine does."""
     ratio: float
-    """samples_per_cpu_second over the torchvision pipeline's with as many workers."""
+    """samples_per_cpu_second over that of the first pipeline, torchvision's, with as many workers."""
 
 
 class TorchvisionTransform:
@@ -73,9 +75,18 @@ class UndecodedTransform:
         return 0
 
 
+def image_pipelines(config: ImageConfig) -> dict[str, Pipeline]:
+    """Return the pipelines by name, the one that all others are compared with first."""
+    return {
+        "torchvision, PIL, float32": (TorchvisionTransform(config), _stack),
+        f"ours, {config.decoder}, uint8": (ImageTransform(config, train=True), collate_images),
+        "ours, reading only": (UndecodedTransform(), _labels),
+    }
+
+
 def bench_data(
     shards: ShardSet,
-    config: ImageConfig,
+    pipelines: Mapping[str, Pipeline],
     workers: Sequence[int] = (0,),
     *,
     batch_size: int = 50,
@@ -84,14 +95,9 @@ def bench_data(
 ) -> list[DataBenchRow]:
     """Run the pipelines in turn, `rounds` times each, over `num_batches` batches of `batch_size`; return medians.
 
-    Both pipelines read through the same index (reading is a few per cent of the work and has its own row). CPU time
+    All pipelines read through the same index (reading is a few per cent of the work and has its own row). CPU time
     covers this process and the workers. One thread per process.
     """
-    pipelines: dict[str, tuple[Transform, Collate]] = {
-        "torchvision, PIL, float32": (TorchvisionTransform(config), _stack),
-        f"ours, {config.decoder}, uint8": (ImageTransform(config, train=True), collate_images),
-        "ours, reading only": (UndecodedTransform(), _labels),
-    }
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

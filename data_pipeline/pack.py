@@ -122,10 +122,9 @@ class PackReport:
                 lines.append(f"    dropped {len(split.dropped)} object(s), listed in {MANIFEST}:")
                 lines += [f"      {bad.source}: {bad.reason}" for bad in split.dropped[:10]]
             if split.bad_share > self.max_bad:
+                share = f"{split.bad_share:.1%} of the files are left out, --max-bad allows {self.max_bad:.1%}"
                 lines.append(
-                    f"    TOO MANY: {split.bad_share:.1%} of the files are left out, "
-                    f"--max-bad allows {self.max_bad:.1%}. The shards are written and sound: mend the files and pack "
-                    "again, or allow as many"
+                    f"    TOO MANY: {share}. The shards are sound: mend the files and pack again, or allow as many"
                 )
         return "\n".join(lines)
 

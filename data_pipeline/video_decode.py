@@ -180,7 +180,9 @@ class Video:
         if any(not 0 <= index < len(self.times) for index in wanted):
             raise IndexError(f"frames {min(wanted)} to {max(wanted)} of a video of {len(self.times)}")
         if self._other is not None and not self.facts.rotation:
-            return _frames_by_torchcodec(self._other, self._data, wanted, len(self.times))
+            frames = _frames_by_torchcodec(self._other, self._data, wanted, len(self.times))
+            if frames is not None:
+                return frames
         places: dict[int, list[int]] = {}
         for place, index in enumerate(wanted):
             places.setdefault(index, []).append(place)
@@ -375,11 +377,13 @@ def _torchcodec(decoder: str) -> Any:
     return VideoDecoder
 
 
-def _frames_by_torchcodec(decoder: Any, data: bytes, wanted: list[int], num_frames: int) -> np.ndarray:
+def _frames_by_torchcodec(decoder: Any, data: bytes, wanted: list[int], num_frames: int) -> np.ndarray | None:
+    """Return the frames, or None for what torchcodec cannot give: PyAV then does, or says what is wrong.
+
+    Torchcodec 0.17 finds no last frame in streams with open groups.
+    """
     try:
         video = decoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        if len(video) != num_frames:
-            raise DecodeError(f"torchcodec finds {len(video)} frames, the container lists {num_frames}")
-        return video.get_frames_at(wanted).data.numpy()
-    except (RuntimeError, IndexError) as error:
-        raise DecodeError(f"torchcodec: {error}") from error
+        return video.get_frames_at(wanted).data.numpy() if len(video) == num_frames else None
+    except (RuntimeError, IndexError):
+        return None

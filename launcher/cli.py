@@ -214,7 +214,7 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
         "mvit bench data configs/demo/digits.yaml --workers 0 2",
     )
     data.add_argument("--workers", type=int, nargs="+", default=[0], metavar="N", help="worker processes (0)")
-    data.add_argument("--batch", type=int, default=50, metavar="N", help="samples per batch (50)")
+    data.add_argument("--batch", type=int, metavar="N", help="samples per batch (50; clips: 4)")
     data.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each (3)")
     add_recipe(data)
     add_json(data)

@@ -194,21 +194,27 @@ def bench_data(args: Namespace) -> int:
     from dataclasses import asdict
 
     import mvit
-    from data_pipeline.benchmark import bench_data
+    from data_pipeline.benchmark import bench_data, image_pipelines
     from data_pipeline.shards import open_shards
 
     recipe = mvit.load_config(args.recipe, args.overrides)
     if recipe.data.train is None:
         raise ValueError("data.train is not set: name the shards to read, data.train=shards/train")
-    shards = open_shards(recipe.data.train, cache_dir=recipe.data.cache_dir)
-    rows = bench_data(shards, recipe.image, args.workers, batch_size=args.batch, rounds=args.rounds)
+    shards = open_shards(recipe.data.train, cache_dir=recipe.data.cache_dir, required=recipe.required_members)
+    if recipe.task == "video_classification":
+        from data_pipeline.benchmark_video import clip_pipelines
+
+        pipelines, usual_batch = clip_pipelines(recipe.video), 4
+    else:
+        pipelines, usual_batch = image_pipelines(recipe.image), 50
+    rows = bench_data(shards, pipelines, args.workers, batch_size=args.batch or usual_batch, rounds=args.rounds)
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0
     for row in rows:
         print(
-            f"{row.pipeline}, {row.workers} worker(s): {row.samples_per_cpu_second:.0f} samples per CPU-second, "
-            f"{row.samples_per_second:.0f} per second; {row.ratio:.2f} x torchvision"
+            f"{row.pipeline}, {row.workers} worker(s): {row.samples_per_cpu_second:.3g} samples per CPU-second, "
+            f"{row.samples_per_second:.3g} per second; {row.ratio:.2f} x {rows[0].pipeline}"
         )
     return 0
 
