@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mvit.evaluation import evaluate
     from mvit.export import load_model
     from mvit.trainer import TrainResult, train
-    from mvit.variants import create_model
+    from mvit.variants import create_backbone, create_model
     from mvit.weights import LoadReport, load_weights
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "LoadReport",
     "RunConfig",
     "TrainResult",
+    "create_backbone",
     "create_model",
     "evaluate",
     "load_config",
@@ -29,6 +30,7 @@ __all__ = [
 
 _HOME = {
     "create_model": "mvit.variants",
+    "create_backbone": "mvit.variants",
     "load_weights": "mvit.weights",
     "LoadReport": "mvit.weights",
     "load_config": "mvit.config",

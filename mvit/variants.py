@@ -1,4 +1,4 @@
-"""The published models: the table of variants and `create_model`, which builds any of them."""
+"""The published models: the table of variants, and what builds any of them as a classifier or as a backbone."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ from mvit.model.attention import AttentionForm
 from mvit.model.backbone import NUM_STAGES, AbsolutePositions, Expand, MViT, RelativePositions
 from mvit.model.heads import READOUTS, Readout
 from mvit.model.inflation import Inflation
+from mvit.model.pyramid import StagePyramid
+from mvit.model.window import ATTENTION_SCOPES, AttentionScope
 from mvit.weights import load_weights
 
 
@@ -146,6 +148,80 @@ def create_model(
     if weights is not None:
         load_weights(model, weights, allow_new_head=allow_new_head, inflation=inflation)
     return model
+
+
+def create_backbone(
+    variant: str | Variant,
+    hybrid_window: bool = True,
+    expand: Expand = "attention",
+    weights: str | Path | Mapping[str, object] | None = None,
+    *,
+    attention: AttentionScope | None = None,
+    window_size: int = 56,
+    drop_path: float | Sequence[float] = 0.0,
+    input_size: Sequence[int] = (224, 224),
+    relative_positions: bool = True,
+    absolute_positions: bool = False,
+    residual_pooling: bool = True,
+    qkv_bias: bool = True,
+    kv_stride: int = 4,
+    attention_form: AttentionForm = "auto",
+) -> StagePyramid:
+    """Build an MViTv2 backbone: (B, 3, H, W), any H, W → {"scale2": (B, C, H/4, W/4), … "scale5": (B, 8C, H/32, W/32)}.
+
+    Every map has its own norm; `out_channels` tells the channels of each.
+
+    Args:
+        variant: a name of the paper's Table 1 or a `Variant` of your own.
+        hybrid_window: attention within windows but for the last block of stages 2, 3 and 4 (Hwin, §4.2); False: full
+            pooling attention.
+        expand: where channels grow. With "mlp", as in the large model of ImageNet-1K, the maps are of the channels
+            that a stage ends with: 2C, 4C, 8C, 8C.
+        weights: for `load_weights`: a detectron2 backbone or detector, or any image classifier.
+        attention: in place of `hybrid_window`, the paper's ablation (Table 4): "hwin", "window", "swin" or "full".
+        window_size: side of stage 1's windows in tokens, halved with every stage.
+        drop_path: a rate that grows linearly over the blocks from 0, or four, one for the blocks of each stage.
+        input_size: (H, W) of the pre-training, which decides how many rows the position tables have.
+        relative_positions, absolute_positions, residual_pooling, kv_stride: ablations (Tables 4, 6, 7).
+
+    Raises ValueError, naming the argument and what it may be.
+    """
+    if isinstance(variant, str):
+        variant = find_variant(variant)
+    _check_variant(variant)
+    _check_input_size(input_size)
+    if len(input_size) != 2:
+        raise ValueError(f"input_size={tuple(input_size)} must be (H, W): a backbone is for images")
+    _check_choice("expand", expand, get_args(Expand))
+    _check_choice("hybrid_window", hybrid_window, (True, False))
+    _check_choice("attention", attention, (None, *ATTENTION_SCOPES))
+    if attention == "hwin" and not hybrid_window:
+        raise ValueError('hybrid_window=False contradicts attention="hwin"; give one of the two')
+    _check_choice("relative_positions", relative_positions, (True, False))
+    _check_choice("absolute_positions", absolute_positions, (True, False))
+    if kv_stride < 1:
+        raise ValueError(f"kv_stride={kv_stride} must be at least 1")
+    backbone = StagePyramid(
+        embed_dim=variant.embed_dim,
+        depths=variant.depths,
+        num_heads=variant.num_heads,
+        mlp_ratio=variant.mlp_ratio,
+        input_size=tuple(input_size),
+        attention=attention or ("hwin" if hybrid_window else "full"),
+        window_size=window_size,
+        expand=expand,
+        kv_stride=kv_stride,
+        drop_path=drop_path_rates(drop_path, variant.depths),
+        relative_positions=relative_positions,
+        absolute_positions=absolute_positions,
+        residual_pooling=residual_pooling,
+        qkv_bias=qkv_bias,
+        variant=variant.name,
+    )
+    backbone.set_attention_form(attention_form)
+    if weights is not None:
+        load_weights(backbone, weights)
+    return backbone
 
 
 def drop_path_rates(drop_path: float | Sequence[float], depths: Sequence[int]) -> list[float]:

@@ -8,15 +8,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from mvit.model.backbone import MViT
-from mvit.model.convert import detector_part, fit_tensor, import_names
+from mvit.model.convert import detector_part, fit_tensor, import_names, is_pyramid_norm
 from mvit.model.inflation import INFLATIONS, Inflation, inflate_state, is_for_images, starts_anew
+from mvit.model.pyramid import StagePyramid
 from mvit.weight_files import read_checkpoint
 
 _WRAPPERS = ("model_state", "state_dict", "model", "module")  # keys under which training code keeps the weights
 _PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 _MAX_LISTED = 40
 # What may start anew, by the start of its names: detectron2's backbone ends with norms of its own and has no token.
-_RENEWABLE = {"detectron2": ("head.", "norm.", "cls_token")}
+_OF_CLASSIFIER = ("head.", "norm.", "cls_token")
+_RENEWABLE = {"detectron2": _OF_CLASSIFIER}
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,19 @@ class LoadReport:
     """What became of every tensor of a checkpoint and every parameter of the model."""
 
     naming: str
-    """Whose parameter names the checkpoint has: "official" (also our own), "timm", "torchvision" or "detectron2"."""
+    """Whose parameter names the checkpoint has: "official" (also our own classifiers), "timm", "torchvision" or
+    "detectron2" (also our own backbones)."""
     loaded: tuple[str, ...]
     """Our names of all parameters that were set, the resized ones included."""
     resized: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    """(name, old shape, new shape) of the position tables that were interpolated."""
+    """(name, old shape, new shape) of the position tables that were interpolated, or lost a class token's row."""
     missing: tuple[str, ...]
     """Parameters of the model that start anew. If a new head was allowed: the head; after detectron2's backbone the
     final norm and the class token, too. After inflation: the temporal positions, and the class token unless the image
-    weights had one. Else none."""
+    weights had one. Of a backbone: the norms of its maps, unless the weights are a backbone's. Else none."""
     unexpected: tuple[str, ...]
-    """Tensors of the checkpoint that were not used: its head, if a new one was allowed, and whatever a detector has
-    beside the backbone. Else none."""
+    """Tensors of the checkpoint that were not used: its head, if a new one was allowed, whatever a detector has beside
+    the backbone, and what a classifier has that a backbone has not: head, final norm, class token. Else none."""
     inflation: Inflation | None = None
     """How image weights were given a time axis, None if the weights were of the model's own kind."""
     inflated: tuple[str, ...] = ()
@@ -45,7 +48,9 @@ class LoadReport:
         """Return a few lines for a log."""
         lines = [f"loaded {len(self.loaded)} tensors ({self.naming} names)"]
         if self.resized:
-            lines.append(f"{len(self.resized)} position tables interpolated to another input size:")
+            lines.append(
+                f"{len(self.resized)} position tables fitted to another input size, or to a model without class token:"
+            )
             lines += [f"  {name}: {list(old)} -> {list(new)}" for name, old, new in self.resized]
         if self.inflation:
             where = "in the centre frame, the others are zero" if self.inflation == "centre" else "in every frame"
@@ -64,7 +69,7 @@ class LoadReport:
 
 
 def load_weights(
-    model: MViT,
+    model: MViT | StagePyramid,
     source: str | Path | Mapping[str, object],
     *,
     allow_new_head: bool = False,
@@ -74,9 +79,10 @@ def load_weights(
 
     Position tables of another input size are interpolated and reported. `allow_new_head` starts a fresh classifier
     where the checkpoint has none or one for another number of classes. Of a detectron2 detector the backbone is taken,
-    its other parts are reported. Image weights for a video model are inflated: see `Inflation`; the temporal positions
-    start at zero ("centre") or as in a new model ("repeat"), the class token as in a new model if the images had none.
-    The model is changed only if all fits.
+    its other parts are reported. A backbone takes the weights of a backbone, a detector or an image classifier, whose
+    head, final norm and class token are left and reported; then the norms of the maps start anew. Image weights for a
+    video model are inflated: see `Inflation`; the temporal positions start at zero ("centre") or as in a new model
+    ("repeat"), the class token as in a new model if the images had none. The model is changed only if all fits.
 
     Raises ValueError naming the keys and shapes of whatever cannot be explained.
     """
@@ -107,11 +113,12 @@ def load_weights(
             resized.append((name, tuple(state[name].shape), shape))
     missing = [name for name in wanted if name not in state]
     renewed = [name for name in missing if inflating and starts_anew(name)]
-    unexpected = [name for name in state if name not in wanted]
-    unused: list[str] = []
-    if naming == "detectron2":
-        unused = [name for name in unexpected if detector_part(name)]
-        unexpected = [name for name in unexpected if name not in unused]
+    unused = [name for name in state if name not in wanted and naming == "detectron2" and detector_part(name)]
+    if isinstance(model, StagePyramid):
+        if not any(map(is_pyramid_norm, state)):
+            renewed = [name for name in missing if is_pyramid_norm(name)]
+        unused += [name for name in state if name.startswith(_OF_CLASSIFIER)]
+    unexpected = [name for name in state if name not in wanted and name not in unused]
 
     # Whole groups, weight and bias together
     unfit = [start for start in _RENEWABLE.get(naming, ("head.",)) if _has_unfit(start, wanted, fitted)]
@@ -122,7 +129,7 @@ def load_weights(
     wrong = {name: shapes for name, shapes in wrong.items() if name not in renewed}
     if missing or unexpected or wrong:
         raise ValueError(_explain(label, naming, model, state, wanted, missing, unexpected, wrong))
-    for start in dict.fromkeys([*unfit, *filter(starts_anew, renewed)]):
+    for start in dict.fromkeys([*unfit, *(n for n in renewed if starts_anew(n) or is_pyramid_norm(n))]):
         _renew(model, start, inflation)
     fitted = {name: tensor for name, tensor in fitted.items() if name not in renewed}
     model.load_state_dict(fitted, strict=False)  # strictness was enforced above, what starts anew excepted
@@ -141,9 +148,12 @@ def _has_unfit(start: str, wanted: Mapping[str, Tensor], fitted: Mapping[str, Te
     return any(name.startswith(start) and name not in fitted for name in wanted)
 
 
-def _renew(model: MViT, start: str, inflation: Inflation) -> None:
+def _renew(model: MViT | StagePyramid, start: str, inflation: Inflation) -> None:
     """Initialise the parameters whose names begin so, as a new model's are; inflated temporal tables as published."""
-    if start == "head.":
+    if isinstance(model, StagePyramid):
+        assert is_pyramid_norm(start), start
+        getattr(model, start.split(".")[0]).reset_parameters()
+    elif start == "head.":
         model.head.projection.reset_parameters()
     elif start == "norm.":
         model.norm.reset_parameters()
@@ -177,7 +187,7 @@ def _state_dict(content: Mapping[str, object], label: str) -> dict[str, Tensor]:
 def _explain(
     label: str,
     naming: str,
-    model: MViT,
+    model: MViT | StagePyramid,
     state: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
     missing: list[str],
@@ -202,7 +212,7 @@ def _listed(rows: list[str]) -> list[str]:
 
 
 def _hints(
-    model: MViT,
+    model: MViT | StagePyramid,
     state: Mapping[str, Tensor],
     missing: list[str],
     unexpected: list[str],

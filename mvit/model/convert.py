@@ -44,13 +44,14 @@ _DETECTOR_PART = re.compile(
 def layer_index(name: str, depth: int) -> int:
     """Return the layer of a parameter for layer-wise learning-rate decay.
 
-    0: patch embedding, class token, positions; 1 … depth: the blocks; depth + 1: final norm and head.
+    0: patch embedding, class token, positions; 1 … depth: the blocks; depth + 1: final norm and head, or the norms of
+    a backbone's maps.
     Raises ValueError for a name that is none of these.
     """
     block = _BLOCK.match(name)
     if block and int(block[1]) < depth:
         return int(block[1]) + 1
-    if name.startswith(("norm.", "head.")):
+    if name.startswith(("norm.", "head.")) or is_pyramid_norm(name):
         return depth + 1
     if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
         return 0
@@ -111,6 +112,11 @@ def detector_part(name: str) -> str | None:
     return found[1] if found else None
 
 
+def is_pyramid_norm(name: str) -> bool:
+    """Tell whether a parameter, in our names, is of the norm of one of a backbone's maps."""
+    return _PYRAMID_NORM.match(name) is not None
+
+
 def export_names(state: Mapping[str, Tensor], naming: Literal["official", "timm"]) -> dict[str, Tensor]:
     """Rename our state dict for other code: "official" is the content of a checkpoint's `model_state`.
 
@@ -154,7 +160,8 @@ def fit_tensor(
 
     Returns (tensor, whether values were interpolated), or None if the two do not belong together. Convolutions with a
     time axis of 1 lose it; relative tables and absolute positions are interpolated. A checkpoint does not tell the
-    grid of its absolute positions: a square one is assumed, and for clips the model's own number of frames.
+    grid of its absolute positions: a square one is assumed, and for clips the model's own number of frames. The row of
+    a class token that the model does not have is cut off them (detectron2), which counts as interpolated.
     """
     shape = tuple(shape)
     if tensor.ndim == 5 and len(shape) == 4 and tensor.shape[2] == 1:
@@ -170,6 +177,11 @@ def fit_tensor(
         return resize_table(tensor.float(), shape[0]), True
     if leaf == "pos_embed_temporal":
         return resize_table(tensor[0].float(), shape[1])[None], True
+    if leaf == "pos_embed" and not class_tokens and len(grid) == 2 and square_grid(tensor.shape[1]) is None:
+        without = tensor[:, 1:]
+        if without.shape[1] == shape[1]:
+            return without, True
+        tensor = tensor if square_grid(without.shape[1]) is None else without
     if leaf in ("pos_embed", "pos_embed_spatial"):
         extra = class_tokens if leaf == "pos_embed" else 0
         new = tuple(grid) if leaf == "pos_embed" else tuple(grid[-2:])

@@ -23,7 +23,7 @@ from mvit.model.window import AttentionScope, place_windows
 # Shape legend: B batch, L tokens of a grid, row-major, C channels of stage 1, H, W height and width in pixels.
 
 
-class Pyramid(nn.Module):
+class StagePyramid(nn.Module):
     """Feature maps of images (B, 3, H, W) at strides 4, 8, 16 and 32; build it with `mvit.create_backbone`.
 
     Args:

@@ -1,12 +1,14 @@
 """Rebuild a golden case: outputs of the official implementations for weights that are a function of their names.
 
 A case is a JSON file (hyper-parameters, the official state dict's names and shapes, gradient norms) and a safetensors
-file (logits and more). Weights and inputs are drawn from seeds made of their names, so none are shipped.
+file (logits and more; of the maps of det_T_256x320 every second to eighth row and column, to keep it small). Weights
+and inputs are drawn from seeds made of their names, so none are shipped.
 """
 
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mvit.model.backbone import MViT
-from mvit.variants import Variant, create_model
+from mvit.model.pyramid import StagePyramid
+from mvit.variants import Variant, create_backbone, create_model
 from mvit.weights import load_weights
 
 HERE = Path(__file__).parent
-ALL_CASES = sorted(path.stem for path in HERE.glob("*.json"))
+DETECTION_CASES = sorted(path.stem for path in HERE.glob("det_*.json"))
+ALL_CASES = sorted({path.stem for path in HERE.glob("*.json")} - {*DETECTION_CASES})
+"""The classifiers."""
 VIDEO_CASES = [case for case in ALL_CASES if case.startswith("video_")]
 
 # Suggested by whoever recorded them: a differently ordered but equal attention moves logits by 9e-7, norms by 1e-6
 LOGITS_TOLERANCE = 2e-5
+MAPS_TOLERANCE = 5e-5
 GRAD_NORM_TOLERANCE = 1e-4  # relative, to at least 1e-4 of the case's largest norm
 
 
@@ -45,6 +51,14 @@ class Golden:
         """The weights of the logits in the recorded loss."""
         return seeded_normal(f"cotangent:logits:{self.name}", self.tensors["logits"].shape)
 
+    def map_cotangent(self, scale: str) -> Tensor:
+        """The weights of a backbone's map in the recorded loss."""
+        return seeded_normal(f"cotangent:{scale}:{self.name}", self.facts["outputs"][scale]["shape"])
+
+    def map_step(self, scale: str) -> int:
+        """Of a map every so many rows and columns are recorded."""
+        return int(self.facts["outputs"][scale]["stored"].split("::")[1].split(",")[0])
+
     def official_weights(self) -> dict[str, Tensor]:
         """The official model's state dict."""
         return {name: _weight(name, shape) for name, shape in self.facts["state_dict"]}
@@ -54,6 +68,34 @@ class Golden:
         model = _build(self.facts)
         load_weights(model, {"model_state": self.official_weights()})
         return model.eval()
+
+    def backbone(self) -> StagePyramid:
+        """Our backbone for this case, with the case's weights, in evaluation mode."""
+        backbone = _build_backbone(self.facts)
+        load_weights(backbone, {"model": self.official_weights()})
+        return backbone.eval()
+
+    def mismatched(self, grads: Mapping[str, Tensor]) -> list[str]:
+        """Name the parameters whose gradient has another norm than recorded, or is another where recorded whole."""
+        norms = self.facts["grad_norms"]
+        floor = GRAD_NORM_TOLERANCE * max(norm for norm in norms.values() if norm)
+        assert grads.keys() == norms.keys()
+        wrong: list[str] = []
+        for name, norm in norms.items():
+            if name.endswith("norm_k.bias") and norm < floor:
+                continue  # softmax ignores what is added to every key: zero, but for rounding, unless there is padding
+            if abs(grads[name].double().norm().item() - norm) > GRAD_NORM_TOLERANCE * max(norm, floor):
+                wrong.append(name)
+        stored = [name for name in self.tensors if name.startswith("grad:")]
+        assert stored
+        for name in stored:
+            theirs, ours = self.tensors[name], grads[name.removeprefix("grad:")]
+            if name == "grad:pos_embed" and theirs.shape[1] == ours.shape[1] + 1:
+                assert theirs[:, 0].eq(0).all()  # detectron2 keeps a class token's row and never uses it
+                theirs = theirs[:, 1:]
+            if (ours - theirs).norm().item() > GRAD_NORM_TOLERANCE * max(theirs.norm().item(), floor):
+                wrong.append(name)
+        return wrong
 
 
 def load_golden(name: str) -> Golden:
@@ -101,4 +143,18 @@ def _build(facts: dict[str, Any]) -> MViT:
         residual_pooling=options["RESIDUAL_POOLING"],
         qkv_bias=options["QKV_BIAS"],
         kv_stride=options["POOL_KV_STRIDE_ADAPTIVE"][-1],
+    )
+
+
+def _build_backbone(facts: dict[str, Any]) -> StagePyramid:
+    """Translate detectron2's arguments into ours."""
+    options = facts["config"]
+    d1, d2, d3, d4 = (end - start for start, end in itertools.pairwise([-1, *options["last_block_indexes"]]))
+    side = options.get("img_size", 224)
+    return create_backbone(
+        Variant(facts["case"], options["embed_dim"], (d1, d2, d3, d4), options["num_heads"]),
+        window_size=options.get("adaptive_window_size", 56),
+        input_size=(side, side),
+        relative_positions=options.get("use_rel_pos", True),
+        absolute_positions=options.get("use_abs_pos", False),
     )

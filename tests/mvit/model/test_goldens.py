@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from golden_replay import (
     ALL_CASES,
-    GRAD_NORM_TOLERANCE,
     LOGITS_TOLERANCE,
     VIDEO_CASES,
     Golden,
@@ -53,11 +52,11 @@ def test_tiny_at_224_is_the_official_one(monkeypatch: pytest.MonkeyPatch) -> Non
     golden = load_golden("image_T_224")
     logits, parameters = run_case(golden, "auto")
     check_logits(golden, logits)
-    if mismatched(golden, parameters):
+    if golden.mismatched(parameters):
         monkeypatch.setattr(block.F, "max_pool2d", pool_with_closest_tie_swapped)
         logits, parameters = run_case(golden, "auto")
         check_logits(golden, logits)
-    assert mismatched(golden, parameters) == []
+    assert golden.mismatched(parameters) == []
 
 
 def pool_with_closest_tie_swapped(maps: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
@@ -81,7 +80,7 @@ def pool_with_closest_tie_swapped(maps: Tensor, kernel_size: int, stride: int, p
 def check_case(golden: Golden, form: str) -> None:
     logits, parameters = run_case(golden, form)
     check_logits(golden, logits)
-    assert mismatched(golden, parameters) == []
+    assert golden.mismatched(parameters) == []
 
 
 def run_case(golden: Golden, form: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,27 +95,6 @@ def run_case(golden: Golden, form: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 def check_logits(golden: Golden, logits: Tensor) -> None:
     assert (logits - golden.tensors["logits"]).abs().max() <= LOGITS_TOLERANCE
-
-
-def mismatched(golden: Golden, grads: dict[str, Tensor]) -> list[str]:
-    """Name the parameters whose gradient has another norm than recorded, or is another where it was recorded whole."""
-    norms = golden.facts["grad_norms"]
-    floor = GRAD_NORM_TOLERANCE * max(norm for norm in norms.values() if norm)
-    assert grads.keys() == norms.keys()
-    wrong: list[str] = []
-    for name, norm in norms.items():
-        if name.endswith("norm_k.bias"):
-            continue  # softmax ignores what is added to every key: zero in exact arithmetic, rounding noise in the file
-        if abs(grads[name].double().norm().item() - norm) > GRAD_NORM_TOLERANCE * max(norm, floor):
-            wrong.append(name)
-    stored = [name for name in golden.tensors if name.startswith("grad:")]
-    assert stored
-    for name in stored:
-        theirs = golden.tensors[name]
-        difference = (grads[name.removeprefix("grad:")] - theirs).norm().item()
-        if difference > GRAD_NORM_TOLERANCE * max(theirs.norm().item(), floor):
-            wrong.append(name)
-    return wrong
 
 
 def test_tokens_after_each_stage_are_the_official_ones(golden: Golden) -> None:
