@@ -86,15 +86,15 @@ def read_annotations(members: Mapping[str, bytes]) -> AnnotatedPicture:
                 int(a["id"]),
                 int(a["label"]),
                 (float(a["bbox"][0]), float(a["bbox"][1]), float(a["bbox"][2]), float(a["bbox"][3])),
-                bool(a["iscrowd"]),
+                bool(a.get("iscrowd", 0)),
                 float(a["area"]),
-                a["segmentation"],
+                a.get("segmentation"),
             )
             for a in content["annotations"]
         )
         height, width = content["size"]
         return AnnotatedPicture(int(content["image_id"]), str(content["file_name"]), int(height), int(width), objects)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DecodeError(f"the .{ANNOTATIONS_EXTENSION} member is no list of objects: {error!r}") from error
 
 

@@ -124,7 +124,10 @@ def _masks(annotated: AnnotatedPicture, chosen: np.ndarray, view: View) -> np.nd
     for mask, number in zip(masks, chosen.tolist(), strict=True):
         segmentation = annotated.annotations[number].segmentation
         assert segmentation is not None
-        rasterise(segmentation, size, view.window, view.size, mask)
+        try:
+            rasterise(segmentation, size, view.window, view.size, mask)
+        except (ValueError, RuntimeError, LookupError, TypeError) as error:  # the library's own, for a broken mask
+            raise DecodeError(f"mask of annotation {annotated.annotations[number].id}: {error!r}") from error
     return masks[:, :, ::-1] if view.flipped else masks
 
 

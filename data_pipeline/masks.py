@@ -1,7 +1,8 @@
 """Instance masks as COCO writes them, RLE or polygons: what is wrong with one, and its pixels in a window.
 
 A mask stays encoded until size and place of the window are known, and only the part of it that an object touches is
-rasterised. The library (faster-coco-eval, COCO's own C functions) trusts its input, so each mask is checked here first.
+rasterised. The library (faster-coco-eval's form of COCO's functions) raises for some of what may be wrong, without a
+hint at what it is: packing and checking look by the rules here first.
 """
 
 import math

@@ -209,6 +209,9 @@ def test_what_is_no_annotated_picture_is_a_bad_sample() -> None:
     for members in ({"png": good["png"]}, {"json": good["json"]}, {**good, "json": b"[1]"}, other_size):
         with pytest.raises(DecodeError):
             transform(members, 0)
+    broken = sample([Annotation(3, 0, (1, 1, 5, 5), False, 25, {"size": [60, 80], "counts": "1"})])
+    with pytest.raises(DecodeError, match=r"mask of annotation 3: .*Invalid RLE"):
+        transform(broken, 0)
     bare = sample([Annotation(1, 0, (1, 1, 5, 5), False, 25, None)])
     with pytest.raises(DecodeError, match=r"have no mask, e\.g\. 1; train boxes alone with masks=false"):
         transform(bare, 0)
