@@ -32,6 +32,7 @@ FIGURES = (
     "ar_medium",
     "ar_large",
 )
+_ENCODED_PIXELS = 1 << 27  # of masks pasted into the image at once: 128 MiB
 Kind = Literal["box", "mask"]
 Rle = dict[str, Any]
 """COCO's run-length code of a mask: {"size": [H, W], "counts": str}."""
@@ -59,6 +60,7 @@ class CocoMetric:
         self._results_file = None if results_file is None else Path(results_file)
         self._seen: list[int] = []
         self._results: list[dict[str, Any]] = []  # with labels; the categories are known on rank 0
+        self._boxes_alone = False
 
     def update(self, predictions: Sequence[Detections], batch: DetectionBatch) -> None:
         """Add the detections of a batch; images of weight 0 are padding and do not count."""
@@ -76,8 +78,9 @@ class CocoMetric:
     def add(self, found: Detections, image_id: int, original: tuple[int, int]) -> None:
         """Add what was found in one image; boxes and masks are resized to the original's size (H, W)."""
         self._seen.append(int(image_id))
+        self._boxes_alone |= found.masks is None
         found = found if found.size == original else found.resized(original)
-        codes = [None] * len(found) if found.masks is None else encode_masks(found.pasted().cpu())
+        codes = [None] * len(found) if found.masks is None else _encode(found)
         rows = zip(found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), codes, strict=True)
         for (left, top, right, bottom), label, score, code in rows:
             mask = {} if code is None else {"segmentation": code}
@@ -91,7 +94,7 @@ class CocoMetric:
         Raises RuntimeError on every rank if an image was seen twice, not at all, or is not in the truth.
         """
         # As bytes: rank 0 alone takes them apart. Compressed masks of 5,000 images are about 50 MB in all
-        shares = _gather_on_main(json.dumps([self._seen, self._results]).encode())
+        shares = _gather_on_main(json.dumps([self._seen, self._results, self._boxes_alone]).encode())
         answer: tuple[dict[str, float] | None, str | None] = (None, None)
         if shares is not None:
             try:
@@ -128,7 +131,7 @@ class CocoMetric:
             "annotations": [row for row in truth["annotations"] if row["image_id"] in seen],
             "categories": truth["categories"],
         }
-        return coco_figures(measured, results) | {"images": float(len(seen))}
+        return coco_figures(measured, results, masks=not any(part[2] for part in parts)) | {"images": float(len(seen))}
 
     def _check_images(self, seen: Counter[int], expected: set[int]) -> None:
         repeated = sorted(image for image, count in seen.items() if count > 1)
@@ -144,19 +147,17 @@ class CocoMetric:
             )
 
 
-def coco_figures(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def coco_figures(
+    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, masks: bool = True
+) -> dict[str, float]:
     """Return the twelve figures of boxes and of masks, box_ap … mask_ar_large, by COCOeval (faster-coco-eval).
 
-    truth: a COCO data set: images, annotations, categories. results: in COCO's results format; masks are measured
-    only if truth and results all have them (an empty list of results has).
+    truth: a COCO data set: images, annotations, categories. results: in COCO's results format. masks: measure
+    them too, which truth and results must all have.
     """
     figures: dict[str, float] = {}
     kinds: tuple[tuple[Kind, str], ...] = (("box", "bbox"), ("mask", "segm"))
-    for kind, iou_type in kinds:
-        if kind == "mask" and not all(
-            "segmentation" in row for rows in (truth["annotations"], results) for row in rows
-        ):
-            continue
+    for kind, iou_type in kinds[: 2 if masks else 1]:
         # A result's area is its mask's in the evaluation of masks and its box's in that of boxes (as detectron2 does;
         # COCOeval itself takes the box wherever there is one, which moves AP of small, medium and large)
         hidden = "segmentation" if kind == "box" else "bbox"
@@ -167,6 +168,13 @@ def coco_figures(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]])
         evaluation.run()
         figures |= {f"{kind}_{name}": float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
     return figures
+
+
+def _encode(found: Detections) -> list[Rle]:
+    """Return the code of each detection's mask in the image; few at once, a hundred of 12 megapixels are 1.2 GB."""
+    step = max(1, _ENCODED_PIXELS // (found.size[0] * found.size[1]))
+    parts = (found[slice(start, start + step)] for start in range(0, len(found), step))
+    return [code for part in parts for code in encode_masks(part.pasted().cpu())]
 
 
 def encode_masks(masks: Tensor | np.ndarray) -> list[Rle]:

@@ -25,6 +25,10 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __getitem__(self, part: slice) -> "Detections":
+        masks = None if self.masks is None else self.masks[part]
+        return Detections(self.boxes[part], self.labels[part], self.scores[part], masks, self.size)
+
     def to(self, device: torch.device | str) -> "Detections":
         """Return the detections on `device`."""
         masks = None if self.masks is None else self.masks.to(device)

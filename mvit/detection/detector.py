@@ -11,7 +11,7 @@ from mvit.detection.candidates import Candidates, select
 from mvit.detection.cascade import CascadeHeads
 from mvit.detection.config import DetectionConfig, DetectorKind
 from mvit.detection.detections import Detections
-from mvit.detection.fpn import FeaturePyramid, Pyramid
+from mvit.detection.fpn import LEVELS, FeaturePyramid, Pyramid
 from mvit.detection.mask_rcnn import BoxHeads, MaskBranch, training_boxes
 from mvit.detection.proposals import ProposalNetwork, propose
 
@@ -95,7 +95,7 @@ class Detector(nn.Module):
         images = F.pad(images, (0, -width % DIVISIBILITY, 0, -height % DIVISIBILITY))
         maps = self.pyramid(images)
         proposals, losses = propose(self.rpn, images, checked, maps, targets)
-        floats = {name: level.float() for name, level in maps.items()}
+        floats = {name: maps[name].float() for name in LEVELS}
         return Pyramid(floats, maps["scale2"].dtype, checked), proposals, losses
 
 

@@ -51,15 +51,18 @@ def mask_probabilities(logits: Tensor, labels: Sequence[Tensor]) -> list[Tensor]
     return list(own.split([len(each) for each in labels]))
 
 
-def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+def paste_masks(
+    masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5, *, chunk: int | None = None
+) -> Tensor:
     """Put mask probabilities (N, M, M) at their boxes (N, 4) in an image of `size` (H, W): (N, H, W) bool.
 
     A pixel belongs to the object where the mask, interpolated at the pixel's centre, is at least `threshold`.
+    `chunk` masks are computed at once, within the box around theirs; None: one on a CPU, many on a GPU.
     """
     height, width = size
     pasted = torch.zeros((len(masks), height, width), dtype=torch.bool, device=masks.device)
-    # Only what the boxes of a chunk cover is computed: alone each its own box, together few launches
-    chunk = 1 if masks.device.type == "cpu" else max(1, _PASTE_ELEMENTS // (height * width))
+    if chunk is None:
+        chunk = 1 if masks.device.type == "cpu" else max(1, _PASTE_ELEMENTS // (height * width))
     for start in range(0, len(masks), chunk):
         part = slice(start, start + chunk)
         low = boxes[part, :2].amin(dim=0).floor().long().clamp(min=0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mvit.detection import coco_metric
 from mvit.detection.boxes import Matches, Target
 from mvit.detection.detections import Detections
 from mvit.detection.masks import mask_targets, paste_masks
@@ -25,15 +26,15 @@ def test_boxes_that_leave_the_image_are_cut() -> None:
     assert not paste_masks(torch.ones(1, 28, 28), torch.tensor([[9.0, 0.0, 12.0, 2.0]]), (6, 8)).any()
 
 
-def test_pasting_all_at_once_is_pasting_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pasting_all_at_once_is_pasting_one_by_one() -> None:
+    """A CPU pastes each mask into its own box, a GPU many into the box around them: the same masks."""
     random = torch.Generator().manual_seed(0)
     corner = torch.rand((5, 2), generator=random) * 30
     boxes = torch.cat((corner, corner + 3 + torch.rand((5, 2), generator=random) * 20), dim=1)
     masks = torch.rand((5, 28, 28), generator=random)
-    together = paste_masks(masks, boxes, (50, 60))
-    assert torch.equal(
-        together, torch.cat([paste_masks(masks[i : i + 1], boxes[i : i + 1], (50, 60)) for i in range(5)])
-    )
+    together = paste_masks(masks, boxes, (50, 60), chunk=5)
+    assert torch.equal(together, paste_masks(masks, boxes, (50, 60), chunk=1))
+    assert together.any(dim=(1, 2)).all()
 
 
 def test_a_mask_cut_out_and_pasted_back_is_the_mask() -> None:
@@ -66,3 +67,14 @@ def test_resized_detections_move_their_boxes_and_masks() -> None:
     ).resized((20, 60))
     assert found.boxes.tolist() == [[6.0, 8.0, 18.0, 16.0]]
     assert int(found.pasted().sum()) == 12 * 8
+
+
+def test_masks_of_large_images_are_encoded_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([[2.0, 4.0, 30.0, 28.0], [0.0, 0.0, 40.0, 40.0], [10.0, 3.0, 20.0, 33.0]])
+    found = Detections(boxes, torch.zeros(3).long(), torch.ones(3), torch.rand((3, 28, 28), generator=random), (40, 50))
+    whole = coco_metric.encode_masks(found.pasted())
+    monkeypatch.setattr(coco_metric, "_ENCODED_PIXELS", 40 * 50 * 2)
+    metric = coco_metric.CocoMetric(dict)
+    metric.add(found, 1, (40, 50))
+    assert [row["segmentation"] for row in metric._results] == whole
