@@ -28,6 +28,7 @@ from data_pipeline.shards import open_shards
 from data_pipeline.sources import shapes
 from data_pipeline.sources.coco import CocoError
 from data_pipeline.tar_scan import ShardError
+from launcher.cli import main
 from tests.data_pipeline.pictures import write_shards
 from tests.data_pipeline.scenes import coco_set, png
 
@@ -349,3 +350,24 @@ def test_real_masks_are_packed_from_their_tar_and_agree_with_their_boxes(tmp_pat
         found = np.array([mask_box(mask) for mask in example.masks])
         assert np.abs(found - example.boxes).max() == 0
         assert (example.pixels == decode_rgb(shards.read(i)["png"])).all()
+
+
+def test_the_command_packs_two_splits_refuses_what_is_bad_and_drops_it_if_told(
+    coco: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = coco_set(tmp_path / "other", 30)
+    changed(other, set_in("annotations", 0, bbox=[70, 20, 15, 8]))
+    command = ["data", "pack", "coco", *map(str, coco), str(tmp_path / "out"), "--validation", *map(str, other)]
+    assert main(command) == 1
+    assert "error: coco: " in (told := capsys.readouterr().err)
+    assert "annotation 1 of p0.png (image 10): bbox [70, 20, 15, 8] leaves the picture of 80x60" in told
+    assert main([*command, "--drop-bad", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(split["name"], split["num_samples"], len(split["dropped"])) for split in report["splits"]] == [
+        ("train", 3, 0),
+        ("validation", 30, 1),
+    ]
+    assert main([*command, "--split", "validation"]) == 1
+    assert "name the same split" in capsys.readouterr().err
+    assert main(["data", "check", str(tmp_path / "out"), "--sample", "2"]) == 0
+    assert "33 samples, 4 pictures decoded: all is well" in capsys.readouterr().out
