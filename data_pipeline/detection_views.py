@@ -7,21 +7,23 @@ as; pixels are therefore resampled once, and boxes and masks follow the same map
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from data_pipeline.masks import Window
 from data_pipeline.settings import Settings
+
+if TYPE_CHECKING:  # a config must not cost the import of COCO's library
+    from data_pipeline.masks import Window
 
 
 class DetectionAugmentConfig(Settings):
     """Size, augmentation and test size of pictures with objects; the defaults are MViTv2's for COCO (detectron2)."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means (RGB, 0 to 1) that are subtracted; the colour of padding, which is therefore 0 for the model."""
+    """Channel means (RGB, 0 to 1) that are subtracted; the colour of padding, so about 0 for the model."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Channel deviations that are divided by."""
     masks: bool = True
@@ -93,7 +95,7 @@ class DetectionAugmentConfig(Settings):
 class View:
     """A window of a picture, resized to `size` and perhaps mirrored."""
 
-    window: Window
+    window: "Window"
     size: tuple[int, int]
     """Height and width of what the window becomes."""
     flipped: bool = False

@@ -252,7 +252,7 @@ def test_pictures_of_different_sizes_make_one_batch_padded_right_and_bottom() ->
     assert [tuple(masks.shape) for masks in batch.masks or ()] == [(n, 64, 64) for n in (2, 0, 3, 0)]
     assert [labels.tolist() for labels in batch.labels] == [[0, 1], [], [0, 1, 0], []]
     assert (batch.images[0, :, :40, :53].permute(1, 2, 0).numpy() == examples[0].pixels).all()
-    assert (batch.images[0, :, 40:].permute(1, 2, 0) == torch.tensor(config.fill)).all(), "0 once normalised"
+    assert (batch.images[0, :, 40:].permute(1, 2, 0) == torch.tensor(config.fill)).all(), "about 0 once normalised"
     assert batch.masks is not None
     assert not batch.masks[0][:, 40:].any()
     assert not batch.masks[0][:, :, 53:].any()
