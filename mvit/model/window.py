@@ -18,8 +18,9 @@ AttentionScope = Literal["hwin", "window", "swin", "full"]
 "full": everybody sees all."""
 ATTENTION_SCOPES: tuple[str, ...] = get_args(AttentionScope)
 
-# What Swin adds to the logit of a pair that the shift brought together from opposite edges of the map
-_APART = -100.0
+# Added to the logit of a pair that the shift brought together from opposite edges of the map. Swin adds -100, whose
+# exponential is a subnormal number: CPUs multiply these so slowly that the step took twice as long. This one's is 0.
+_APART = -1000.0
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def separating_columns(
     """Return Swin's mask as columns to append to queries and keys, (n, w·w, 4) each, or None if nothing is shifted.
 
     The cyclic shift makes the last row and column of windows out of two opposite edges of the map, which must not see
-    each other. The product of the columns is 0 within an edge, -100 (Swin's number) for each axis on which query and
-    key come from different edges: a mask without a matrix of queries × keys.
+    each other. The product of the columns is 0 within an edge, -1000 for each axis on which query and key come from
+    different edges: a mask without a matrix of queries × keys.
     """
     if not any(_shifts(q_grid, q_cut)):
         return None

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mvit.model.attention import ATTENTION_FORMS, PoolingAttention
 from mvit.model.backbone import stage_ranges
-from mvit.model.window import Cut, Window, cuts_after_pooling, partition, place_windows, unpartition
+from mvit.model.window import (
+    Cut,
+    Window,
+    cuts_after_pooling,
+    partition,
+    place_windows,
+    separating_columns,
+    unpartition,
+)
 from mvit.variants import VARIANTS
 
 # detectron2's `last_block_indexes` without the first: these blocks see the whole map
@@ -165,6 +173,15 @@ def test_queries_and_keys_are_shifted_by_the_same_distance() -> None:
     assert cuts_after_pooling(Window(56, shifted=True), (1, 1), (4, 4)) == (Cut(56, 28), Cut(14, 7))
     # Half of 14 is odd, and queries move by whole pooled tokens: 6 instead of 7
     assert cuts_after_pooling(Window(14, shifted=True), (2, 2), (1, 1)) == (Cut(7, 3), Cut(14, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_of_shifted_windows_leaves_no_subnormal_probabilities(dtype: torch.dtype) -> None:
+    """A probability of exp(-100), which is not quite 0 in float32, makes the products slow on CPUs."""
+    columns = separating_columns((9, 19), (9, 19), Cut(8, 4), Cut(8, 4), torch.zeros((), dtype=dtype))
+    assert columns is not None
+    queries, keys = columns
+    assert (queries @ keys.transpose(1, 2)).exp().unique().tolist() == [0.0, 1.0]
 
 
 def test_windows_that_cannot_be_cut_are_refused() -> None:
