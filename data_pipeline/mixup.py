@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.batch import ImageBatch, VideoBatch
+from data_pipeline.detection_views import DetectionAugmentConfig
 from data_pipeline.seeding import seeded
 
 
@@ -79,7 +80,7 @@ def _on_device(channels: tuple[float, float, float], axes: int, device: torch.de
     return torch.tensor(channels, device=device).view(3, *[1] * axes)
 
 
-def normalize_pixels(pixels: Tensor, config: AugmentConfig) -> Tensor:
+def normalize_pixels(pixels: Tensor, config: AugmentConfig | DetectionAugmentConfig) -> Tensor:
     """Divide by 255, subtract and divide in this order, which is torchvision's, so that not one bit differs.
 
     Takes (B, 3, H, W) or (B, 3, T, H, W) uint8 and returns float32, of clips contiguous: the order in memory that a

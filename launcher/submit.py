@@ -152,7 +152,7 @@ def _check_batch_of_resumed(config: "RunConfig", placement: Placement) -> None:
     per_node = placement.ranks_per_node
     nodes = [n for n in range(1, total // (micro * per_node) + 1) if total % (micro * n * per_node) == 0]
     nearest = sorted(sorted(nodes, key=lambda n: abs(n - placement.nodes))[:_SHOWN_WAYS])
-    least = config.repeats + 1 if config.inputs.mixes else 1
+    least = config.least_micro_batch
     sizes = [size for size in range(total // ranks, least - 1, -1) if total % (size * ranks) == 0][:_SHOWN_WAYS]
     ways = [f"nodes={'|'.join(map(str, nearest))}"] if nearest else []
     ways += [f"train.micro_batch_size={'|'.join(map(str, sizes))}"] if sizes else []

@@ -16,11 +16,13 @@ from pydantic import (
 )
 
 from data_pipeline.augment_config import AugmentConfig
+from data_pipeline.detection_views import DetectionAugmentConfig
 from data_pipeline.image import ImageConfig
 from data_pipeline.loader import DataConfig
 from data_pipeline.settings import Settings
 from data_pipeline.shards import REQUIRED_FOR_CLASSIFICATION
 from data_pipeline.video import VIDEO_MEMBERS, VideoConfig
+from mvit.detection.config import DetectorConfig
 from mvit.model.attention import AttentionForm
 from mvit.model.inflation import Inflation
 from mvit.optim import OptimConfig
@@ -29,7 +31,12 @@ from mvit.variants import VARIANTS, Variant
 from mvit.zero import Precision, ZeroConfig
 
 # section → the only task that reads it
-_SECTION_READ_BY = {"image": "image_classification", "video": "video_classification"}
+_SECTION_READ_BY = {
+    "image": "image_classification",
+    "video": "video_classification",
+    "detection": "detection",
+    "detector": "detection",
+}
 
 StageName = Literal["stage1", "stage2", "stage3", "stage4"]
 
@@ -142,7 +149,7 @@ class RunConfig(Settings):
 
     name: str = Field(min_length=1)
     """Names the run folder."""
-    task: Literal["image_classification", "video_classification"] = "image_classification"
+    task: Literal["image_classification", "video_classification", "detection"] = "image_classification"
     seed: int = Field(default=0, ge=0)
     output_dir: str = "runs"
     """The run folder is created in here."""
@@ -152,6 +159,10 @@ class RunConfig(Settings):
     """Read by image_classification only."""
     video: VideoConfig = VideoConfig()
     """Read by video_classification only."""
+    detection: DetectionAugmentConfig = DetectionAugmentConfig()
+    """Read by detection only: how pictures and their objects are augmented and resized."""
+    detector: DetectorConfig = DetectorConfig()
+    """Read by detection only: what stands on the backbone that `model` describes."""
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
@@ -184,9 +195,9 @@ class RunConfig(Settings):
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
                 f"train.micro_batch_size = {self.train.micro_batch_size}; change one of them"
             )
-        if self.train.micro_batch_size < self._least_micro_batch:
+        if self.train.micro_batch_size < self.least_micro_batch:
             section = "image" if self.task == "image_classification" else "video"
-            what = "2 pictures" if self.repeats == 1 else f"{self._least_micro_batch} clips, of two videos"
+            what = "2 pictures" if self.repeats == 1 else f"{self.least_micro_batch} clips, of two videos"
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size}: with mixup or cutmix on, a micro-batch is "
                 f"mixed with itself and needs at least {what}; raise it, or set {section}.mix_prob=0"
@@ -196,6 +207,11 @@ class RunConfig(Settings):
                 f"train.keep_best = {self.train.keep_best} needs evaluations to tell the best, but data.validation is "
                 f"{self.data.validation} and train.evaluate_every is {self.train.evaluate_every}; set both, or "
                 "train.keep_best=0"
+            )
+        if self.task == "detection" and self.detection.masks != self.detector.masks:
+            raise ValueError(
+                f"detector.masks = {self.detector.masks}, but detection.masks = {self.detection.masks}: the data and "
+                "the detector must both have masks, or neither; set the two alike"
             )
         if self.train.precision == "fp16" and self.zero.stage == 0:
             raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")
@@ -212,17 +228,21 @@ class RunConfig(Settings):
 
     @property
     def inputs(self) -> AugmentConfig:
-        """The section that the task reads: `image` or `video`."""
+        """The section that a classification reads: `image` or `video`."""
         return self.video if self.task == "video_classification" else self.image
 
     @property
     def input_size(self) -> tuple[int, ...]:
-        """What the model is built for: (H, W) of images or (T, H, W) of clips."""
+        """What the model is built for: (H, W) of images or (T, H, W) of clips; of a detector's pre-training."""
         return self.video.clip_size if self.task == "video_classification" else self.image.image_size
 
     @property
     def required_members(self) -> tuple[tuple[str, ...], ...]:
         """What every sample of a shard must have for the task, one of each group."""
+        if self.task == "detection":
+            from data_pipeline.annotations import DETECTION_MEMBERS
+
+            return DETECTION_MEMBERS
         return VIDEO_MEMBERS if self.task == "video_classification" else REQUIRED_FOR_CLASSIFICATION
 
     @property
@@ -231,8 +251,9 @@ class RunConfig(Settings):
         return self.video.repeats if self.task == "video_classification" else 1
 
     @property
-    def _least_micro_batch(self) -> int:
-        return self.repeats + 1 if self.inputs.mixes else 1
+    def least_micro_batch(self) -> int:
+        """The fewest samples that mixing can mix."""
+        return self.repeats + 1 if self.task != "detection" and self.inputs.mixes else 1
 
     def epoch_size(self, num_samples: int) -> int:
         """Return how many samples an epoch over a training set of `num_samples` computes: each as often as repeated."""
@@ -242,7 +263,7 @@ class RunConfig(Settings):
         """Derive the accumulation; raises ConfigError with the arithmetic if the batch does not divide."""
         total, micro = self.train.global_batch_size, self.train.micro_batch_size
         if total % (micro * world_size):
-            sizes = range(self._least_micro_batch, total // world_size + 1)
+            sizes = range(self.least_micro_batch, total // world_size + 1)
             fits = sorted((size for size in sizes if total % (size * world_size) == 0), reverse=True)
             ways = f"train.micro_batch_size one of {fits}" if fits else f"another number of ranks than {world_size}"
             below, above = total // (micro * world_size) * micro * world_size, -(-total // (micro * world_size))
@@ -268,6 +289,8 @@ class RunConfig(Settings):
 
     def warmup_steps(self, num_samples: int) -> int:
         """Return the number of updates before the peak learning rate."""
+        if self.schedule.warmup_steps is not None:
+            return self.schedule.warmup_steps
         return int(self.schedule.warmup_epochs * self.epoch_size(num_samples) / self.train.global_batch_size)
 
     def scaled_lr(self, lr: float) -> float:

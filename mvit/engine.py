@@ -98,8 +98,8 @@ class Engine:
         """Updates skipped because of fp16 overflow."""
         return int(self._engine.skipped_steps)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return self._engine(images)
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
 
     def train(self) -> None:
         self._engine.train()

@@ -27,8 +27,23 @@ def open_validation(config: RunConfig) -> ShardSet:
         raise ConfigError("data.validation = None: evaluation needs shards; set it to a packed folder or a pattern")
     spec, cache = config.data.validation, config.data.cache_dir
     shards = open_shards(spec, cache_dir=cache, required=config.required_members)
-    shards.check_labels(config.model.num_classes)
+    check_classes(config, shards)
     return shards
+
+
+def check_classes(config: RunConfig, shards: ShardSet) -> None:
+    """Raise ValueError if the shards have other classes than the model."""
+    if config.task != "detection":
+        shards.check_labels(config.model.num_classes)
+        return
+    from data_pipeline.detection import categories
+
+    found = len(categories(shards))
+    if found not in (0, config.model.num_classes):  # 0: shards of another tool do not tell
+        raise ConfigError(
+            f"model.num_classes = {config.model.num_classes}, but the shards have {found} categories; "
+            f"set model.num_classes={found}"
+        )
 
 
 def evaluation_loader(
@@ -59,9 +74,11 @@ def run_evaluation(
     progress: ProgressDisplay | None = None,
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] | None = None,
+    show: Callable[[Any, Any], None] | None = None,
 ) -> dict[str, float]:
     """Evaluate and return the metric's figures (collective); `beat` is called before every batch and every reduction.
 
+    `show` gets the first batch's predictions, and the batch.
     `stop_requested` is asked before every batch; if it is true on any rank, all of them raise Stopped. Raises
     RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
     and within `data.max_bad_samples`; those are returned as `undecodable`.
@@ -78,7 +95,10 @@ def run_evaluation(
         ids = batch.sample_ids[batch.weights > 0]
         seen += torch.bincount(ids, minlength=num_samples).int()
         batch = batch.to(ranks.device)
-        metric.update(task.predict(forward, batch, dtype=dtype), batch)
+        predictions = task.predict(forward, batch, dtype=dtype)
+        metric.update(predictions, batch)
+        if show is not None and index == 1:
+            show(predictions, batch)
         if progress is not None:
             progress.update({"kind": "progress", "step": index, "total_steps": len(loader)})
     agreement.finish()

@@ -131,10 +131,10 @@ class RunLog:
         if self._active:
             self._writer.add_text("config", "```yaml\n" + text + "```", step)
 
-    def images(self, images: Tensor, step: int) -> None:
-        """Show (N, 3, H, W) images in [0, 1] as the model sees them."""
+    def images(self, images: Tensor, step: int, tag: str = "inputs/augmented") -> None:
+        """Show (N, 3, H, W) images in [0, 1], as the model sees them or with what it predicts."""
         if self._active:
-            self._writer.add_images("inputs/augmented", images.float().cpu(), step)
+            self._writer.add_images(tag, images.float().cpu(), step)
 
     def train(self, step: int, record: Mapping[str, float]) -> None:
         """Report one training record."""

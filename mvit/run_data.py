@@ -3,7 +3,7 @@
 from data_pipeline.shards import ShardSet, open_shards
 from mvit.config import ConfigError, RunConfig
 from mvit.distributed import RankInfo, together
-from mvit.evaluation import open_validation
+from mvit.evaluation import check_classes, open_validation
 
 
 def open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | None]:
@@ -16,7 +16,11 @@ def open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | 
         assert config.data.train is not None
         spec, cache = config.data.train, config.data.cache_dir
         opened["train"] = open_shards(spec, cache_dir=cache, required=config.required_members)
-        opened["train"].check_labels(config.model.num_classes)
+        check_classes(config, opened["train"])
+        if config.task == "detection":
+            from data_pipeline.detection import training_samples
+
+            opened["train"] = training_samples(opened["train"], config.detection)
         if config.data.validation is not None:
             opened["validation"] = open_validation(config)
 

@@ -22,7 +22,7 @@ from mvit.evaluation import evaluation_loader, run_evaluation
 from mvit.guard import FiniteGuard
 from mvit.life import Life, Unattended
 from mvit.life_log import LifeLog
-from mvit.metrics import RunLog, Speedometer, forward_flops, peak_flops, peak_memory_gib
+from mvit.metrics import RunLog, Speedometer, peak_flops, peak_memory_gib
 from mvit.optim import parameter_groups
 from mvit.run_checkpoints import RunCheckpoints
 from mvit.run_data import open_data
@@ -161,11 +161,7 @@ class _Run:
         needed = self.checkpoints.predicted_bytes(self.shapes)
         together(lambda: check_space(self.run_dir, needed), "looking for free space")
         self.peak = peak_flops(self.ranks.device, config.train.peak_tflops)
-        self.flops_per_sample = 0.0
-        if self.peak is not None:
-            with torch.device("meta"):
-                # Forward once, backward twice; recomputed activations are not useful work and do not count.
-                self.flops_per_sample = 3 * forward_flops(self.task.build_model(), (1, 3, *config.input_size))
+        self.flops_per_sample = 0.0 if self.peak is None else self.task.flops_per_sample()
         groups = parameter_groups(model, config.optim, depth=sum(config.model.resolved_variant().depths))
         self.engine = Engine(
             model,
@@ -279,6 +275,7 @@ class _Run:
             peak=config.scaled_lr(config.optim.lr),
             start=config.scaled_lr(config.schedule.warmup_lr),
             end=config.scaled_lr(config.schedule.end_lr),
+            milestones=config.schedule.milestones if config.schedule.shape == "steps" else None,
         )
 
     def _log_start(self) -> None:
@@ -321,7 +318,7 @@ class _Run:
             **rates,
             **self.saving.log_point(rates["step_seconds"]),
         }
-        if self.peak is not None:
+        if self.peak is not None and self.flops_per_sample:
             achieved = rates["samples_per_s"] * self.flops_per_sample / self.ranks.world_size
             record["mfu"] = achieved / self.peak
         if self.config.train.precision == "fp16":
@@ -349,12 +346,23 @@ class _Run:
                     self.ranks,
                     self.engine.dtype,
                     beat=lambda: self.life.beat(step, "evaluate"),
+                    show=self._shower(step) if log and prefix == "validation" else None,
                 )
             if log:
                 self.log.validation(step, found, prefix)
             figures |= found if prefix == "validation" else {f"ema_{key}": value for key, value in found.items()}
         self.speed.skip()
         return figures
+
+    def _shower(self, step: int) -> Callable[[Any, Any], None] | None:
+        """Return what shows the first batch's predictions in TensorBoard, on rank zero alone."""
+        limit = self.config.train.log_images
+
+        def show(predictions: Any, batch: Any) -> None:
+            if (pictures := self.task.show(predictions, batch, limit=limit)) is not None:
+                self.log.images(pictures, step, "validation/predictions")
+
+        return show if limit and self.ranks.is_main else None
 
     def _save(self, step: int, score: float | None, *, must_succeed: bool) -> None:
         """Begin a save (collective). One that fails is reported and the run goes on; the last one raises."""

@@ -88,8 +88,8 @@ def load_weights(
     """
     if inflation not in INFLATIONS:
         raise ValueError(f"inflation={inflation!r} must be one of {', '.join(map(repr, INFLATIONS))}")
-    label = "the given state dict" if isinstance(source, Mapping) else str(source)
-    state = _state_dict(source if isinstance(source, Mapping) else read_checkpoint(source), label)
+    label = _label(source)
+    state = read_state(source)
     naming, state = import_names(state)
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
@@ -163,8 +163,17 @@ def _renew(model: MViT | StagePyramid, start: str, inflation: Inflation) -> None
         nn.init.trunc_normal_(model.get_parameter(start), std=0.02)
 
 
-def _state_dict(content: Mapping[str, object], label: str) -> dict[str, Tensor]:
-    """Take the tensors out of a checkpoint's wrapping and their names out of a wrapper's prefix."""
+def _label(source: str | Path | Mapping[str, object]) -> str:
+    return "the given state dict" if isinstance(source, Mapping) else str(source)
+
+
+def read_state(source: str | Path | Mapping[str, object]) -> dict[str, Tensor]:
+    """Take the tensors out of a checkpoint's wrapping and their names out of a wrapper's prefix.
+
+    Raises ValueError for a file or a mapping that holds other things.
+    """
+    content = source if isinstance(source, Mapping) else read_checkpoint(source)
+    label = _label(source)
     for key in _WRAPPERS:
         inner = content.get(key)
         if isinstance(inner, Mapping):

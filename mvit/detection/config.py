@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from data_pipeline.settings import Settings
+from mvit.model.window import AttentionScope
 
 DetectorKind = Literal["mask_rcnn", "cascade_mask_rcnn"]
 HeadNorm = Literal["none", "sync_batch", "layer"]
@@ -64,3 +65,15 @@ class DetectionConfig(Settings):
     """Where the smooth L1 losses of boxes turn from quadratic to linear; 0 is the L1 loss."""
     binary_mask_targets: bool = True
     """Train masks on the true mask cut out and thresholded at one half; False: on the interpolated values."""
+
+
+class DetectorConfig(DetectionConfig):
+    """A whole detector: its backbone's attention, its kind, its heads; `model` of the recipe says which backbone."""
+
+    kind: DetectorKind = "cascade_mask_rcnn"
+    """"mask_rcnn", or three box heads with rising IoU (paper section 5.2)."""
+    attention: AttentionScope = "hwin"
+    """Who sees whom in the backbone (paper Table 4): "hwin" windows but for the last block of stages 2 to 4, "full"
+    pooling attention everywhere, "window" windows everywhere, "swin" shifted ones."""
+    window_size: int = Field(default=56, ge=1)
+    """Side of stage 1's windows in tokens (4 pixels each), halved with every stage."""

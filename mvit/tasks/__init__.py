@@ -9,8 +9,14 @@ if TYPE_CHECKING:
 
 def create_task(config: "RunConfig") -> "Task":
     """Return the task that `config.task` names."""
-    from mvit.tasks.image_classification import ImageClassification
-    from mvit.tasks.video_classification import VideoClassification
+    if config.task == "detection":
+        from mvit.tasks.detection import Detection
 
-    tasks = {"image_classification": ImageClassification, "video_classification": VideoClassification}
-    return tasks[config.task](config)
+        return Detection(config)
+    if config.task == "video_classification":
+        from mvit.tasks.video_classification import VideoClassification
+
+        return VideoClassification(config)
+    from mvit.tasks.image_classification import ImageClassification
+
+    return ImageClassification(config)

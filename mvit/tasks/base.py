@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import Transform
 
-Forward = Callable[[Tensor], Any]
+Forward = Callable[..., Any]
 """A model, or an engine around one: inputs → outputs."""
 
 
@@ -44,6 +44,13 @@ class Task(Protocol):
         """
         ...
 
+    def flops_per_sample(self) -> float:
+        """Return the floating-point operations that training on one sample takes, 0 where there is no such figure.
+
+        Forward once, backward twice; recomputed activations are not useful work and do not count.
+        """
+        ...
+
     def transform(self, train: bool, *, all_views: bool = False) -> Transform:
         """Return the function (members of one sample, seed) → one item for `collate`.
 
@@ -73,4 +80,8 @@ class Task(Protocol):
 
     def preview(self, batch: Any, *, seed: int, limit: int) -> Tensor:
         """Return up to `limit` inputs as the model sees them, (N, 3, H, W) in [0, 1]."""
+        ...
+
+    def show(self, predictions: Any, batch: Any, *, limit: int) -> Tensor | None:
+        """Return up to `limit` pictures of what was predicted, (N, 3, H, W) in [0, 1]; None where figures say all."""
         ...

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import ImageBatch, VideoBatch
 from mvit.config import RunConfig
 from mvit.distributed import sum_over_ranks
+from mvit.metrics import forward_flops
 from mvit.model.backbone import MViT
 from mvit.variants import create_model
 from mvit.weights import load_weights
@@ -35,6 +36,12 @@ def build_classifier(config: RunConfig) -> MViT:
     if stages != "off":
         built.set_activation_checkpointing(("stage1", "stage2", "stage3", "stage4") if stages == "all" else stages)
     return built
+
+
+def training_flops(config: RunConfig) -> float:
+    """Return the floating-point operations of one sample's forward and backward pass."""
+    with torch.device("meta"):
+        return 3 * forward_flops(build_classifier(config), (1, 3, *config.input_size))
 
 
 def load_classifier(model: nn.Module, source: str | Path | Any, config: RunConfig, *, new_head: bool) -> str:

@@ -13,7 +13,7 @@ from data_pipeline.mixup import DeviceAugment, normalize
 from mvit.config import RunConfig
 from mvit.model.backbone import MViT
 from mvit.tasks.base import Forward
-from mvit.tasks.classification import TopK, build_classifier, load_classifier, soft_cross_entropy
+from mvit.tasks.classification import TopK, build_classifier, load_classifier, soft_cross_entropy, training_flops
 
 
 class ImageClassification:
@@ -33,6 +33,9 @@ class ImageClassification:
         self, model: nn.Module, source: str | Path | Mapping[str, Tensor], *, new_head: bool = False
     ) -> str:
         return load_classifier(model, source, self._config, new_head=new_head)
+
+    def flops_per_sample(self) -> float:
+        return training_flops(self._config)
 
     def transform(self, train: bool, *, all_views: bool = False) -> ImageTransform:
         del all_views  # an image has one
@@ -61,3 +64,6 @@ class ImageClassification:
         mean = torch.tensor(self._image.mean, device=images.device).view(shape)
         std = torch.tensor(self._image.std, device=images.device).view(shape)
         return (images[:limit] * std + mean).clamp(0, 1)
+
+    def show(self, predictions: Tensor, batch: ImageBatch, *, limit: int) -> None:
+        return None

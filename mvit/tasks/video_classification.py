@@ -14,7 +14,7 @@ from data_pipeline.video import VideoTransform, collate_videos
 from mvit.config import RunConfig
 from mvit.model.backbone import MViT
 from mvit.tasks.base import Forward
-from mvit.tasks.classification import TopK, build_classifier, load_classifier, soft_cross_entropy
+from mvit.tasks.classification import TopK, build_classifier, load_classifier, soft_cross_entropy, training_flops
 
 _FRAMES_SHOWN = 8
 
@@ -36,6 +36,9 @@ class VideoClassification:
         self, model: nn.Module, source: str | Path | Mapping[str, Tensor], *, new_head: bool = False
     ) -> str:
         return load_classifier(model, source, self._config, new_head=new_head)
+
+    def flops_per_sample(self) -> float:
+        return training_flops(self._config)
 
     def transform(self, train: bool, *, all_views: bool = False) -> VideoTransform:
         return VideoTransform(self._video if train or all_views else self._video.single_view(), train=train)
@@ -78,3 +81,6 @@ class VideoClassification:
             for channels in (self._video.mean, self._video.std)
         )
         return (clips * std + mean).clamp(0, 1).transpose(2, 3).flatten(3)
+
+    def show(self, predictions: Tensor, batch: VideoBatch, *, limit: int) -> None:
+        return None

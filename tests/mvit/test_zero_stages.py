@@ -127,6 +127,7 @@ def test_every_stage_gives_the_loss_curve_of_plain_pytorch() -> None:
     cases.append(("stage 3, as shipped", 3, 4, {"persistence_threshold": 100_000}))
     cases.append(("stage 1, compiled", 1, 4, {"compile_backend": "aot_eager"}))
     cases += [(f"stage {stage}, sgd", stage, 4, {"optim": SGD}) for stage in (0, 1, 3)]
+    cases.append(("stage 2, sgd, offload", 2, 4, {"optim": SGD, "offload_optimizer": True}))
     plain = {micro: _plain_losses(micro) for micro in (4, 2)}
     plain_sgd = _plain_losses(4, optim=SGD)
     assert plain_sgd != pytest.approx(plain[4], rel=1e-4)

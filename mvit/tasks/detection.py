@@ -1,0 +1,138 @@
+"""Detection and instance segmentation: MViTv2 with a feature pyramid and (Cascade) Mask R-CNN (paper section 5.2)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import DetectionBatch
+from data_pipeline.detection import DetectionTransform, collate_detections, ground_truth
+from data_pipeline.mixup import normalize_pixels
+from data_pipeline.shards import open_shards
+from mvit.config import RunConfig
+from mvit.detection.boxes import Target
+from mvit.detection.coco_metric import CocoMetric
+from mvit.detection.detections import Detections
+from mvit.detection.detector import Detector, create_detector
+from mvit.detection.draw import draw_objects
+from mvit.model.pyramid import StagePyramid
+from mvit.tasks.base import Forward
+from mvit.variants import create_backbone
+from mvit.weights import load_weights, read_state
+
+_SHOWN_SCORE = 0.5
+
+
+class Detection:
+    """Pictures of different sizes in padded batches; the metric is COCO's, over each picture exactly once."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._inputs = config.detection
+        self.figure_of_merit = "mask_ap" if config.detector.masks else "box_ap"
+
+    def build_model(self) -> Detector:
+        model, options = self._config.model, self._config.detector
+        backbone = create_backbone(
+            model.resolved_variant(),
+            expand=model.expand or "attention",
+            hybrid_window=options.attention == "hwin",
+            attention=options.attention,
+            window_size=options.window_size,
+            drop_path=model.drop_path,
+            relative_positions=model.relative_positions,
+            absolute_positions=model.absolute_positions,
+            residual_pooling=model.residual_pooling,
+            attention_form=model.attention_form,
+        )
+        stages = self._config.train.activation_checkpointing
+        if stages != "off":
+            backbone.set_activation_checkpointing(
+                ("stage1", "stage2", "stage3", "stage4") if stages == "all" else stages
+            )
+        return create_detector(backbone, options.kind, model.num_classes, options)
+
+    def load_weights(
+        self, model: nn.Module, source: str | Path | Mapping[str, Tensor], *, new_head: bool = False
+    ) -> str:
+        """Load a whole detector of ours, or what any published naming has for its backbone."""
+        assert isinstance(model, Detector)
+        state = read_state(source)
+        if any(name.startswith("pyramid.backbone.") for name in state):
+            return _load_detector(model, state, new_head=new_head)
+        backbone = model.pyramid.backbone
+        assert isinstance(backbone, StagePyramid)
+        return f"the backbone: {load_weights(backbone, source).summary()}"
+
+    def flops_per_sample(self) -> float:
+        """Return 0: pictures differ in size and heads in the number of regions, so there is no such figure."""
+        return 0.0
+
+    def transform(self, train: bool, *, all_views: bool = False) -> DetectionTransform:
+        del all_views  # a picture has one
+        return DetectionTransform(self._inputs, train=train)
+
+    def evaluation_samples(self, batch_size: int, *, all_views: bool = False) -> int:
+        del all_views
+        return batch_size
+
+    def collate(self, items: Sequence[Any]) -> DetectionBatch:
+        return collate_detections(items, self._inputs)
+
+    def losses(self, model: Forward, batch: DetectionBatch, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the detector's named losses; anchors and proposals are drawn from torch's random state."""
+        del seed
+        masks = batch.masks or (None,) * len(batch)
+        rows = zip(batch.boxes, batch.labels, masks, batch.is_crowd, strict=True)
+        return model(self._normalised(batch, dtype), batch.sizes, [Target(*row) for row in rows])
+
+    def predict(self, model: Forward, batch: DetectionBatch, *, dtype: torch.dtype) -> list[Detections]:
+        return model(self._normalised(batch, dtype), batch.sizes)
+
+    def metric(self, device: torch.device) -> CocoMetric:
+        del device
+        data = self._config.data
+        assert data.validation is not None
+        shards = open_shards(data.validation, cache_dir=data.cache_dir, required=self._config.required_members)
+        return CocoMetric(lambda: ground_truth(shards), max_missing=data.max_bad_samples)
+
+    def preview(self, batch: DetectionBatch, *, seed: int, limit: int) -> Tensor:
+        """Return pictures with their true boxes and masks drawn on them."""
+        del seed
+        masks = batch.masks or (None,) * len(batch)
+        rows = list(zip(batch.images, batch.boxes, batch.labels, masks, strict=True))[:limit]
+        return torch.stack([draw_objects(*row) for row in rows]).float() / 255
+
+    def show(self, predictions: Sequence[Detections], batch: DetectionBatch, *, limit: int) -> Tensor:
+        """Return pictures with what was found on the left and the truth on the right."""
+        masks = batch.masks or (None,) * len(batch)
+        shown = []
+        rows = zip(predictions, batch.images, batch.boxes, batch.labels, masks, strict=True)
+        for found, image, boxes, labels, true_masks in rows:
+            sure = found.scores >= _SHOWN_SCORE
+            pasted = None if found.masks is None else found.pasted()[sure]
+            drawn = draw_objects(image, found.boxes[sure], found.labels[sure], pasted, found.scores[sure])
+            shown.append(torch.cat((drawn, draw_objects(image, boxes, labels, true_masks)), dim=2))
+        return torch.stack(shown[:limit]).float() / 255
+
+    def _normalised(self, batch: DetectionBatch, dtype: torch.dtype) -> Tensor:
+        return normalize_pixels(batch.images, self._inputs).to(dtype)
+
+
+def _load_detector(model: Detector, state: Mapping[str, Tensor], *, new_head: bool) -> str:
+    """Set the whole detector; with `new_head` what has another number of classes starts anew."""
+    wanted = model.state_dict()
+    unfit = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unexpected or (unfit and not new_head):
+        named = ", ".join([*missing, *unexpected, *unfit][:5])
+        raise ValueError(
+            f"the weights are those of another detector: {len(missing)} parameters are missing, {len(unexpected)} are "
+            f"unexpected, {len(unfit)} have other shapes ({named}); give the recipe the same model and detector "
+            "sections, or model.new_head=true if only the classes differ"
+        )
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name not in unfit}, strict=False)
+    anew = f", {len(unfit)} start anew: {', '.join(unfit)}" if unfit else ""
+    return f"the detector: {len(state) - len(unfit)} parameters loaded{anew}"
