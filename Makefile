@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo demo-video test check bench clean
+.PHONY: setup demo demo-video demo-detection test check bench clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,9 @@ demo: setup
 demo-video: setup
 	$(BIN)/python -m launcher.demo camera
 
+demo-detection: setup
+	$(BIN)/python -m launcher.demo detection
+
 test: setup
 	$(BIN)/python -m pytest
 
@@ -38,4 +41,4 @@ bench: setup
 	$(BIN)/mvit bench data configs/demo/digits.yaml data.train=data/digits-bench/train
 
 clean:
-	rm -rf .venv data/digits data/digits-bench data/camera runs/digits runs/camera
+	rm -rf .venv data/digits data/digits-bench data/camera data/shapes data/nuclei runs/digits runs/camera runs/shapes runs/nuclei
