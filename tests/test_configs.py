@@ -8,7 +8,10 @@ import torch
 
 import mvit
 from launcher.cluster import load_cluster
+from mvit.config import RunConfig
+from mvit.schedule import learning_rate
 from mvit.tasks import create_task
+from mvit.variants import create_backbone
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "cluster")
@@ -87,6 +90,100 @@ def test_video_recipes_have_the_published_models_views_and_batches(
         lr = 4.8e-4 if "in1k" in name else 1.6e-4 if "in21k" in name or "large" in name else 1.6e-3
         assert config.scaled_lr(config.optim.lr) == pytest.approx(lr)
         assert config.scaled_lr(config.schedule.end_lr) == pytest.approx(1.6e-5)
+
+
+# recipe: published millions of parameters (None: of another network), peak rate at 64 pictures, steps and falls
+STEPS_3X = (67_500, 52_500, 62_500)
+STEPS_50, STEPS_100 = (92_187, 81_944, 88_773), (184_375, 163_889, 177_546)
+COCO: dict[str, tuple[int | None, float, tuple[int, int, int]]] = {
+    "mask_rcnn_mvitv2_tiny_3x": (44, 1.6e-4, STEPS_3X),
+    "mask_rcnn_mvitv2_small_3x": (54, 1.6e-4, STEPS_3X),
+    "mask_rcnn_mvitv2_base_3x": (71, 1.6e-4, STEPS_3X),
+    "mask_rcnn_mvitv2_large_3x": (238, 1.6e-4, STEPS_3X),
+    "mask_rcnn_mvitv2_small_in21k_3x": (54, 1.6e-4, STEPS_3X),
+    "mask_rcnn_mvitv2_base_in21k_3x": (71, 1.6e-4, STEPS_3X),
+    "mask_rcnn_mvitv2_large_in21k_3x": (None, 1.6e-4, STEPS_3X),
+    "cascade_mask_rcnn_mvitv2_tiny_3x": (76, 1.6e-4, STEPS_3X),
+    "cascade_mask_rcnn_mvitv2_small_3x": (87, 1.6e-4, STEPS_3X),
+    "cascade_mask_rcnn_mvitv2_base_3x": (103, 1.6e-4, STEPS_3X),
+    "cascade_mask_rcnn_mvitv2_large_3x": (270, 1.6e-4, STEPS_3X),
+    "cascade_mask_rcnn_mvitv2_base_in21k_3x": (103, 1.6e-4, STEPS_3X),
+    "cascade_mask_rcnn_mvitv2_large_in21k_lsj_50ep": (None, 1.0e-4, STEPS_50),
+    "cascade_mask_rcnn_mvitv2_huge_in21k_lsj_3x": (718, 1.6e-4, STEPS_3X),
+    "cascade_mask_rcnn_mvitv2_base_in21k_lsj_100ep": (103, 8.0e-5, STEPS_100),
+    "cascade_mask_rcnn_mvitv2_large_in21k_lsj_50ep_layernorm": (None, 8.0e-5, STEPS_50),
+    "cascade_mask_rcnn_mvitv2_huge_in21k_lsj_3x_layernorm": (718, 1.6e-4, STEPS_3X),
+}
+COCO_WITH_OBJECTS = 117_266  # of 118,287 pictures of train2017
+
+
+def _coco(name: str) -> RunConfig:
+    return mvit.load_config(ROOT / "configs" / "coco" / f"{name}.yaml")
+
+
+def test_every_coco_recipe_is_known_here() -> None:
+    assert {path.stem for path in RECIPES if path.parent.name == "coco"} == COCO.keys()
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_coco_recipes_have_the_published_detector_and_batch(name: str) -> None:
+    published, _, _ = COCO[name]
+    config = _coco(name)
+    with torch.device("meta"):
+        model = create_task(config).build_model()
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert published in (None, round(count)), f"{count:.2f} M"
+    if published is None:  # the L of ImageNet-21K grows its channels in the attention, the one that was counted did not
+        assert config.model.expand == "attention"
+        assert round(count) in (233, 265)
+    arithmetic = config.batch_arithmetic(64)
+    assert (arithmetic.global_batch_size, arithmetic.accumulation_steps) == (64, 1)
+    assert config.detector.kind == ("cascade_mask_rcnn" if name.startswith("cascade") else "mask_rcnn")
+    assert config.detection.policy == ("large_scale_jitter" if "lsj" in name else "multi_scale")
+    assert config.name == f"coco_{name}"
+    assert (config.optim.weight_decay, config.optim.clip_grad_norm) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_the_rate_of_coco_recipes_rises_and_falls_where_published(name: str) -> None:
+    _, peak, (steps, *falls) = COCO[name]
+    config = _coco(name)
+    assert config.total_steps(COCO_WITH_OBJECTS) == steps
+    assert config.schedule.shape == "steps"
+
+    def rate(step: int) -> float:
+        return learning_rate(
+            step,
+            total_steps=steps,
+            warmup_steps=config.warmup_steps(COCO_WITH_OBJECTS),
+            peak=config.scaled_lr(config.optim.lr),
+            start=config.scaled_lr(config.schedule.warmup_lr),
+            end=0.0,
+            milestones=config.schedule.milestones,
+        )
+
+    first, second = falls
+    assert rate(1) == pytest.approx(peak / 1000)
+    assert rate(126) == pytest.approx((peak / 1000 + peak) / 2)
+    assert [rate(251), rate(first)] == pytest.approx([peak] * 2)
+    assert [rate(first + 1), rate(second)] == pytest.approx([peak / 10] * 2)
+    assert [rate(second + 1), rate(steps)] == pytest.approx([peak / 100] * 2)
+
+
+@pytest.mark.parametrize("name", [name for name in COCO if "in21k" not in name])
+def test_coco_recipes_start_from_an_image_recipe_that_their_backbone_can_take(name: str) -> None:
+    config = _coco(name)
+    assert config.model.weights is not None
+    folder, image_recipe = config.model.weights.rsplit("_mvitv2", 1)[0], config.model.weights.rsplit("_", 1)[1]
+    image = mvit.load_config(ROOT / "configs" / folder.removeprefix("runs/") / f"mvitv2_{image_recipe}.yaml")
+    assert config.model.weights == str(image.run_dir)
+    with torch.device("meta"):
+        theirs = create_task(image).build_model()
+        ours = create_backbone(config.model.variant, expand=config.model.expand or "attention")
+    given = {n: p.shape for n, p in theirs.named_parameters() if not n.startswith(("head.", "norm."))}
+    wanted = {n: p.shape for n, p in ours.named_parameters() if not n.startswith("scale")}
+    assert given.keys() == wanted.keys()
+    assert [n for n in wanted if given[n] != wanted[n] and "rel_pos" not in n] == []  # tables are resized
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=_label)
