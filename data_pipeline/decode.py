@@ -18,6 +18,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "t
 LABEL_EXTENSION = "cls"
 """The member that holds a class label, as an ASCII integer."""
 
+UNLABELLED = -1
+"""The class label of an example that has none, since its class is to be predicted."""
+
 
 class DecodeError(ValueError):
     """A sample whose bytes cannot be turned into what the task needs."""

@@ -73,6 +73,13 @@ class DetectionTransform:
         view = training_view(*size, self.config, seed) if self.train else evaluation_view(*size, self.config)
         return self._seen(pixels, annotated, view)
 
+    def unlabelled(self, data: bytes) -> DetectionExample:
+        """Turn an encoded picture whose objects are not known into an example as in the test. Raises DecodeError."""
+        pixels = decode_rgb(data)
+        height, width = pixels.shape[:2]
+        view = evaluation_view(height, width, self.config)
+        return self._seen(pixels, AnnotatedPicture(-1, "", height, width, ()), view)
+
     def padding(self) -> DetectionExample:
         """Return the example that fills up an evaluation batch: a picture of one cell without objects."""
         side = self.config.size_divisibility

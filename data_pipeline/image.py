@@ -17,7 +17,7 @@ from pydantic import Field
 
 from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.batch import ImageBatch
-from data_pipeline.decode import class_label, decode_pil, decode_rgb, decode_rgb_fast, jpeg_size, picture
+from data_pipeline.decode import UNLABELLED, class_label, decode_pil, decode_rgb, decode_rgb_fast, jpeg_size, picture
 from data_pipeline.order import derive_seed
 from data_pipeline.reads import Item
 
@@ -57,6 +57,10 @@ class ImageTransform:
         label = class_label(members)
         data = picture(members)
         return (self._augmented(data, seed) if self.train else _evaluated(data, self.config)), label
+
+    def unlabelled(self, data: bytes) -> tuple[np.ndarray, int]:
+        """Turn an encoded picture whose class is not known into an example as in evaluation. Raises DecodeError."""
+        return _evaluated(data, self.config), UNLABELLED
 
     def padding(self) -> tuple[np.ndarray, int]:
         """Return the example that fills up an evaluation batch."""

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.batch import VideoBatch
-from data_pipeline.decode import LABEL_EXTENSION, class_label
+from data_pipeline.decode import LABEL_EXTENSION, UNLABELLED, class_label
 from data_pipeline.image import random_crop_box
 from data_pipeline.order import derive_seed
 from data_pipeline.reads import Item
@@ -122,13 +122,21 @@ class VideoTransform:
             if self.train:
                 frames = video.frames(training_frames(video.times, self.config, derive_seed(seed, "frames")).tolist())
                 return self._augmented(frames, seed), label
-            clips = (video.frames(indices.tolist()) for indices in evaluation_frames(video.times, self.config))
-            return np.stack([view for clip in clips for view in _views(clip, self.config)]), label
+            return self._all_views(video), label
+
+    def unlabelled(self, data: bytes) -> tuple[np.ndarray, int]:
+        """Turn an encoded video whose class is not known into an example as in evaluation. Raises DecodeError."""
+        with Video(data, self.config.decoder) as video:
+            return self._all_views(video), UNLABELLED
 
     def padding(self) -> tuple[np.ndarray, int]:
         """Return the example that fills up an evaluation batch."""
         views = () if self.train else (self.config.views,)
         return np.zeros((*views, *self.config.clip_size, 3), np.uint8), 0
+
+    def _all_views(self, video: Video) -> np.ndarray:
+        clips = (video.frames(indices.tolist()) for indices in evaluation_frames(video.times, self.config))
+        return np.stack([view for clip in clips for view in _views(clip, self.config)])
 
     def _augmented(self, frames: np.ndarray, seed: int) -> np.ndarray:
         draws = random.Random(seed)

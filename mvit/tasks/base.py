@@ -25,6 +25,17 @@ class Metric(Protocol):
         ...
 
 
+class TaskTransform(Transform, Protocol):
+    """What turns a task's samples into examples, those to train on and those to predict."""
+
+    def unlabelled(self, data: bytes) -> Any:
+        """Turn an encoded picture or video of which nothing is known into one example as in the test.
+
+        Raises DecodeError if it cannot be read.
+        """
+        ...
+
+
 class Task(Protocol):
     """A problem to train for: its model, its data's treatment, its losses and its metric."""
 
@@ -51,7 +62,7 @@ class Task(Protocol):
         """
         ...
 
-    def transform(self, train: bool, *, all_views: bool = False) -> Transform:
+    def transform(self, train: bool, *, all_views: bool = False) -> TaskTransform:
         """Return the function (members of one sample, seed) → one item for `collate`.
 
         `all_views`: the full test, which looks at a sample more than once where that is published.
