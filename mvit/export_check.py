@@ -45,12 +45,15 @@ def check_logits(path: Path, manifest: Manifest, *, ema: bool, timm: bool, load:
     """
     config = parse_config(manifest.state["config"], source=str(manifest.path))
     task = create_task(config)
-    inputs = torch.randn(1, 3, *config.input_size, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
-        expected = _own(task, manifest, ema).eval()(inputs)
+        expected = task.answer(_own(task, manifest, ema).eval())
         gc.collect()
         return_freed_memory()
-        found = _consumers(path, task, config, timm, load).eval()(inputs)
+        found = task.answer(_consumers(path, task, config, timm, load).eval())
+    if found.shape != expected.shape:
+        raise CheckpointError(
+            f"{path.name}: the model built from it answers otherwise than the run's; nothing was exported"
+        )
     if not expected.isfinite().all():
         raise CheckpointError(
             f"{manifest.path}: its model's logits are not finite; to export such weights all the same, leave out "

@@ -69,6 +69,14 @@ def check_start(before: RunConfig, config: RunConfig) -> None:
     Costs an import of torch only where the two networks are described differently.
     """
     old, new = before.model, config.model
+    if config.task == "detection" and before.task == "image_classification":
+        _check_backbone(before, config)
+        return
+    if (config.task == "detection") != (before.task == "detection"):
+        raise ConfigError(
+            f"{config.name}: task {config.task} cannot start from {before.name}, which is of task {before.task}; "
+            "image classifiers start detectors, there is no rule for the other ways"
+        )
     if old.num_classes != new.num_classes and not new.new_head:
         raise ConfigError(
             f"{config.name}: model.num_classes = {new.num_classes}, but it starts from {before.name}, which has "
@@ -94,6 +102,20 @@ def check_start(before: RunConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"{config.name}: its network cannot start from {before.name}: {len(wrong)} parameters differ, {wrong[0]} "
             f"for one; give both recipes the same model section (variant {old.variant} and {new.variant}){kinds}"
+        )
+
+
+def _check_backbone(before: RunConfig, config: RunConfig) -> None:
+    """Raise ConfigError if the backbone of a detector cannot take the weights of an image classifier."""
+    start = "pyramid.backbone."
+    ours = {name.removeprefix(start): p for name, p in _parameters(config).items() if name.startswith(start)}
+    theirs = _parameters(before)
+    needed = [name for name in ours if "_norm." not in name or name.startswith("blocks.")]
+    wrong = sorted(name for name in needed if _shape(ours, name) != _shape(theirs, name))
+    if wrong:
+        raise ConfigError(
+            f"{config.name}: its backbone cannot start from {before.name}: {len(wrong)} parameters differ, {wrong[0]} "
+            f"for one; give both the same variant ({before.model.variant} and {config.model.variant}) and model.expand"
         )
 
 

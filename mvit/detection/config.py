@@ -27,6 +27,8 @@ class DetectionConfig(Settings):
     Mask R-CNN's box head too has four convolutions and one linear layer instead of two linear layers."""
 
     pyramid_channels: int = Field(default=256, gt=0)
+    pyramid_norm: Literal["none", "layer"] = "none"
+    """Norm after the convolutions of the feature pyramid; "layer" is ViTDet's."""
     box_channels: int = Field(default=256, gt=0)
     """Channels of the four convolutions of a cascade box head."""
     box_features: int = Field(default=1024, gt=0)

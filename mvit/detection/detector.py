@@ -33,7 +33,7 @@ class Detector(nn.Module):
         self.config = config
         cascade = kind == "cascade_mask_rcnn"
         norm = config.head_norm or ("sync_batch" if cascade else "none")
-        self.pyramid = FeaturePyramid(backbone, config.pyramid_channels)
+        self.pyramid = FeaturePyramid(backbone, config.pyramid_channels, config.pyramid_norm)
         self.rpn = ProposalNetwork(config, num_convs=2 if cascade else 1)
         self.box_heads = (CascadeHeads if cascade else BoxHeads)(config, num_classes, norm)
         self.mask_branch = MaskBranch(config, num_classes, norm) if config.masks else None

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
+
+from mvit.detection.norm import LayerNorm2d
 
 # Shape legend: B images, C channels, R boxes of a whole batch, S side of a pooled region.
 
@@ -33,7 +35,7 @@ class FeaturePyramid(nn.Module):
     scale5 as "pool". Raises ValueError if the backbone lacks a level or its out_channels.
     """
 
-    def __init__(self, backbone: nn.Module, channels: int) -> None:
+    def __init__(self, backbone: nn.Module, channels: int, norm: Literal["none", "layer"] = "none") -> None:
         super().__init__()
         in_channels = getattr(backbone, "out_channels", None)
         if not isinstance(in_channels, Mapping) or any(level not in in_channels for level in LEVELS):
@@ -42,7 +44,12 @@ class FeaturePyramid(nn.Module):
                 f"{', '.join(LEVELS)}; `mvit.create_backbone` builds such a backbone"
             )
         self.backbone = backbone
-        self.fpn = FeaturePyramidNetwork([in_channels[level] for level in LEVELS], channels, LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork(
+            [in_channels[level] for level in LEVELS],
+            channels,
+            LastLevelMaxPool(),
+            norm_layer=LayerNorm2d if norm == "layer" else None,
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.backbone(images)

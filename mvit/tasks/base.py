@@ -85,6 +85,10 @@ class Task(Protocol):
         """Run the forward pass in evaluation mode."""
         ...
 
+    def answer(self, model: nn.Module) -> Tensor:
+        """Return what the model computes from a fixed random input, to compare two models that should be the same."""
+        ...
+
     def metric(self, device: torch.device) -> Metric:
         """Return an empty metric."""
         ...

@@ -44,6 +44,11 @@ def training_flops(config: RunConfig) -> float:
         return 3 * forward_flops(build_classifier(config), (1, 3, *config.input_size))
 
 
+def logits_of_noise(model: nn.Module, config: RunConfig) -> Tensor:
+    """Return the logits (1, K) of a fixed random input."""
+    return model(torch.randn(1, 3, *config.input_size, generator=torch.Generator().manual_seed(0)))
+
+
 def load_classifier(model: nn.Module, source: str | Path | Any, config: RunConfig, *, new_head: bool) -> str:
     """Load weights in any published naming, those of images into a model of clips as the recipe says."""
     assert isinstance(model, MViT)

@@ -91,6 +91,16 @@ class Detection:
     def predict(self, model: Forward, batch: DetectionBatch, *, dtype: torch.dtype) -> list[Detections]:
         return model(self._normalised(batch, dtype), batch.sizes)
 
+    def answer(self, model: nn.Module) -> Tensor:
+        """Return the pyramid's maps and the scored boxes of a fixed random picture, behind one another."""
+        assert isinstance(model, Detector)
+        pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        pyramid, [found] = model.candidates(pixels, [(224, 224)])
+        [detections] = model.with_masks(pyramid, [found])
+        parts = [*pyramid.maps.values(), found.boxes, found.scores]
+        parts += [] if detections.masks is None else [detections.masks]
+        return torch.cat([part.flatten() for part in parts])
+
     def metric(self, device: torch.device) -> CocoMetric:
         del device
         data = self._config.data

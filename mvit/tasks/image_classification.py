@@ -13,7 +13,14 @@ from data_pipeline.mixup import DeviceAugment, normalize
 from mvit.config import RunConfig
 from mvit.model.backbone import MViT
 from mvit.tasks.base import Forward
-from mvit.tasks.classification import TopK, build_classifier, load_classifier, soft_cross_entropy, training_flops
+from mvit.tasks.classification import (
+    TopK,
+    build_classifier,
+    load_classifier,
+    logits_of_noise,
+    soft_cross_entropy,
+    training_flops,
+)
 
 
 class ImageClassification:
@@ -54,6 +61,9 @@ class ImageClassification:
 
     def predict(self, model: Forward, batch: ImageBatch, *, dtype: torch.dtype) -> Tensor:
         return model(normalize(batch, self._image, dtype)).float()
+
+    def answer(self, model: nn.Module) -> Tensor:
+        return logits_of_noise(model, self._config)
 
     def metric(self, device: torch.device) -> TopK:
         return TopK(self._config.model.num_classes, device)

@@ -14,7 +14,14 @@ from data_pipeline.video import VideoTransform, collate_videos
 from mvit.config import RunConfig
 from mvit.model.backbone import MViT
 from mvit.tasks.base import Forward
-from mvit.tasks.classification import TopK, build_classifier, load_classifier, soft_cross_entropy, training_flops
+from mvit.tasks.classification import (
+    TopK,
+    build_classifier,
+    load_classifier,
+    logits_of_noise,
+    soft_cross_entropy,
+    training_flops,
+)
 
 _FRAMES_SHOWN = 8
 
@@ -66,6 +73,9 @@ class VideoClassification:
             ]
         )
         return logits.log_softmax(dim=-1).view(videos, views, -1).logsumexp(dim=1) - math.log(views)
+
+    def answer(self, model: nn.Module) -> Tensor:
+        return logits_of_noise(model, self._config)
 
     def metric(self, device: torch.device) -> TopK:
         return TopK(self._config.model.num_classes, device)

@@ -9,6 +9,7 @@ from torch import Tensor
 from mvit.detection.boxes import Target
 from mvit.detection.detections import Detections
 from mvit.detection.detector import create_detector
+from mvit.detection.norm import LayerNorm2d
 from tests.mvit.detection.tiny import SMALL, TinyBackbone, empty_target, shapes
 
 KINDS = ("mask_rcnn", "cascade_mask_rcnn")
@@ -34,6 +35,16 @@ def test_losses_are_named_scalars_that_train_every_parameter(kind: Any) -> None:
     still = [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not still
     assert all(p.grad is not None and p.grad.any() for p in detector.box_heads.parameters() if p.ndim > 1)
+
+
+def test_norms_in_heads_and_pyramid_are_trained_too() -> None:
+    torch.manual_seed(0)
+    normed = SMALL.model_copy(update={"head_norm": "layer", "pyramid_norm": "layer"})
+    detector = create_detector(TinyBackbone(), "mask_rcnn", 3, normed).train()
+    norms = [name for name, module in detector.pyramid.fpn.named_modules() if isinstance(module, LayerNorm2d)]
+    assert len(norms) == 8  # of each level, behind the lateral convolution and behind the one after the sum
+    sum(_losses(detector, *shapes(2, SIDE, seed=0)).values(), torch.zeros(())).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
