@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mvit.config import RunConfig, load_config
     from mvit.evaluation import evaluate
     from mvit.export import load_model
+    from mvit.prediction import predict
     from mvit.trainer import TrainResult, train
     from mvit.variants import create_backbone, create_model
     from mvit.weights import LoadReport, load_weights
@@ -25,6 +26,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_weights",
+    "predict",
     "train",
 ]
 
@@ -39,6 +41,7 @@ _HOME = {
     "train": "mvit.trainer",
     "TrainResult": "mvit.trainer",
     "evaluate": "mvit.evaluation",
+    "predict": "mvit.prediction",
 }
 
 

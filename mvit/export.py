@@ -13,7 +13,7 @@ from torch import nn
 from mvit.checkpoint import CheckpointError, Manifest, checkpoint_path, list_steps, newest_valid, read_manifest
 from mvit.checkpoint import verify as verify_checkpoint
 from mvit.checkpoint_load import whole_weights
-from mvit.config import parse_config
+from mvit.config import RunConfig, parse_config
 from mvit.export_check import build_to_fill, check_logits, check_tensors
 from mvit.export_formats import free_each, write_safetensors, write_torch
 from mvit.export_timm import check_timm_has, timm_names
@@ -93,18 +93,27 @@ def load_model(path: str | Path) -> nn.Module:
 
     The file carries the recipe it was trained with. Raises ValueError for a file that `mvit export` did not write.
     """
+    task = create_task(exported_config(path))
+    model = build_to_fill(task)
+    task.load_weights(model, path)
+    return model.eval()
+
+
+def exported_config(path: str | Path) -> RunConfig:
+    """Read the recipe that an exported .safetensors file carries.
+
+    Raises ValueError for a file that `mvit export` did not write.
+    """
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
-            f"{path}: not a .safetensors file that `mvit export` wrote ({error!r}); build the model with "
-            "mvit.create_model and fill it with mvit.load_weights"
+            f"{path}: not a .safetensors file that `mvit export` wrote ({error!r}), so it does not say what model it "
+            "is of; build that with mvit.create_model and fill it with mvit.load_weights, or give `mvit predict` its "
+            "--recipe"
         ) from error
-    task = create_task(parse_config(config, source=str(path)))
-    model = build_to_fill(task)
-    task.load_weights(model, path)
-    return model.eval()
+    return parse_config(config, source=str(path))
 
 
 def _checked_format(format: str | None, out: Path) -> Format:

@@ -27,6 +27,7 @@ COMMANDS = [
     ["config"],
     ["evaluate"],
     ["export"],
+    ["predict"],
     ["checkpoint", "list"],
     ["checkpoint", "verify"],
     ["checkpoint", "prune"],
