@@ -32,7 +32,6 @@ from mvit.weights import read_state
 RESULTS_FILE = "predictions.json"
 _PASTED_PIXELS = 1 << 27  # of masks pasted into the picture at once: 128 MiB
 
-
 Tell = Callable[[int, int, Result], None]
 
 

@@ -89,7 +89,7 @@ def guessed(result: Any) -> dict[int, float]:
 
 
 def test_probabilities_of_a_picture_are_those_of_the_model(images: RunConfig, pictures: Path, tmp_path: Path) -> None:
-    weights = export_weights(images.run_dir, tmp_path / "w.safetensors")
+    weights = export_weights(images.run_dir, tmp_path / "w.safetensors", verify=False)
     (result,) = mvit.predict(pictures / "a.jpg", weights, topk=10)
     members = {"jpg": encoded(1), "cls": b"3"}
     batch = collate_images([Item(ImageTransform(images.image, train=False)(members, 0), 0, "a", 1.0)])
@@ -113,7 +113,7 @@ def test_probabilities_of_a_video_are_the_mean_over_all_its_test_views(tmp_path:
         }
     )
     write_checkpoint(config)
-    weights = export_weights(config.run_dir, tmp_path / "w.safetensors")
+    weights = export_weights(config.run_dir, tmp_path / "w.safetensors", verify=False)
     data = clip()
     (tmp_path / "a.mp4").write_bytes(data)
     (result,) = mvit.predict([tmp_path / "a.mp4"], weights, topk=10)
@@ -131,8 +131,8 @@ def test_probabilities_of_a_video_are_the_mean_over_all_its_test_views(tmp_path:
 def test_a_run_a_checkpoint_and_a_bare_file_with_its_recipe_say_the_same(
     images: RunConfig, pictures: Path, tmp_path: Path
 ) -> None:
-    exported = export_weights(images.run_dir, tmp_path / "w.safetensors")
-    bare = export_weights(images.run_dir, tmp_path / "w.pyth")
+    exported = export_weights(images.run_dir, tmp_path / "w.safetensors", verify=False)
+    bare = export_weights(images.run_dir, tmp_path / "w.pyth", verify=False)
     (images.run_dir / "config.yaml").write_text(images.to_yaml())
     wanted = mvit.predict(pictures / "a.jpg", exported)
     (checkpoint,) = (images.run_dir / "checkpoints").glob("step_*")
@@ -148,7 +148,7 @@ def test_classes_are_called_as_in_the_training_data_or_as_told(
 ) -> None:
     names = tmp_path / "names.txt"
     names.write_text("".join(f"class {number}\n" for number in range(10)))
-    weights = export_weights(images.run_dir, tmp_path / "w.safetensors")
+    weights = export_weights(images.run_dir, tmp_path / "w.safetensors", verify=False)
 
     def called(overrides: tuple[str, ...] = (), names: Path | None = None) -> tuple[str, str]:
         predictor = load_predictor(weights, None, overrides, names=names)
@@ -180,7 +180,7 @@ def test_objects_are_those_of_the_detector_in_the_picture_s_own_pixels(detector:
     members = sample([]) | {"png": picture.read_bytes()}
     example = DetectionTransform(detector.detection, train=False)(members, 0)
     batch = collate_detections([Item(example, 0, "a", 1.0)], detector.detection)
-    predictor = load_predictor(detector.run_dir / "checkpoints" / "step_00000001")
+    predictor = load_predictor(export_weights(detector.run_dir, tmp_path / "w.safetensors", verify=False))
     with torch.no_grad():
         (wanted,) = create_task(detector).predict(predictor.model, batch, dtype=torch.float32)
     wanted = wanted.resized((60, 80))
@@ -243,7 +243,7 @@ def test_a_copy_never_replaces_a_picture(detector: RunConfig, tmp_path: Path) ->
 def test_weights_of_a_backbone_alone_find_nothing_and_are_refused(
     detector: RunConfig, images: RunConfig, pictures: Path, tmp_path: Path
 ) -> None:
-    backbone = export_weights(images.run_dir, tmp_path / "w.pth")
+    backbone = export_weights(images.run_dir, tmp_path / "w.pth", verify=False)
     with pytest.raises(ConfigError, match="weights of a backbone, not of a whole detector"):
         mvit.predict(pictures / "a.jpg", backbone, config=detector)
 
@@ -254,7 +254,7 @@ def test_weights_of_a_backbone_alone_find_nothing_and_are_refused(
 def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     images: RunConfig, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = str(export_weights(images.run_dir, tmp_path / "w.safetensors"))
+    weights = str(export_weights(images.run_dir, tmp_path / "w.safetensors", verify=False))
     (tmp_path / "empty").mkdir()
     missing, empty, out = tmp_path / "missing.jpg", tmp_path / "empty", tmp_path / "out"
     asked = [str(path) for path in (pictures, missing, empty)]
@@ -282,7 +282,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
 def test_settings_may_stand_among_the_files_and_reach_the_recipe(
     images: RunConfig, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights, recipe = export_weights(images.run_dir, tmp_path / "w.pyth"), tmp_path / "recipe.yaml"
+    weights, recipe = export_weights(images.run_dir, tmp_path / "w.pyth", verify=False), tmp_path / "recipe.yaml"
     recipe.write_text(images.to_yaml())
     picture = pictures / "x=1.jpg"  # a file, though it looks like a setting
     picture.write_bytes(encoded(1))
@@ -296,7 +296,7 @@ def test_settings_may_stand_among_the_files_and_reach_the_recipe(
 
 
 def test_bad_options_are_refused_before_any_file_is_read(images: RunConfig, pictures: Path, tmp_path: Path) -> None:
-    weights = export_weights(images.run_dir, tmp_path / "w.safetensors")
+    weights = export_weights(images.run_dir, tmp_path / "w.safetensors", verify=False)
     with pytest.raises(ValueError, match=r"device 'gpu' cannot be used: .* choose cpu, cuda or cuda:N"):
         mvit.predict(pictures, weights, device="gpu")
     for options in ({"topk": 0}, {"score": 1.5}):
