@@ -13,6 +13,7 @@ import torch.distributed as dist
 Answer = TypeVar("Answer")
 logger = logging.getLogger("mvit")
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_set_here: list[str] = []  # of these, by `start` itself
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def start(timeout_min: float = 30.0) -> RankInfo:
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # pyright: ignore[reportPrivateImportUsage]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(store.port)
+        _set_here.extend(_RANK_VARIABLES)
     elif len(present) < len(_RANK_VARIABLES):
         missing = ", ".join(name for name in _RANK_VARIABLES if name not in os.environ)
         raise ValueError(
@@ -68,9 +70,11 @@ def start(timeout_min: float = 30.0) -> RankInfo:
 
 
 def shutdown() -> None:
-    """Leave the process group."""
+    """Leave the process group; a world of one is forgotten, so that processes started later do not inherit it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _set_here:
+        os.environ.pop(_set_here.pop(), None)
 
 
 def background_group(timeout_min: float = 30.0) -> dist.ProcessGroup:

@@ -19,6 +19,7 @@ from mvit.life import Stopped
 from mvit.progress import ProgressDisplay
 from mvit.tasks import create_task
 from mvit.tasks.base import Forward, Task
+from mvit.weights import read_state
 
 
 def open_validation(config: RunConfig) -> ShardSet:
@@ -142,7 +143,9 @@ def evaluate(
     model = task.build_model()
 
     def load() -> None:
-        logger.info("%s", task.load_weights(model, resolve_weights(weights, ema=ema, ranks=ranks)))
+        source = resolve_weights(weights, ema=ema, ranks=ranks)
+        check_whole(config, source)
+        logger.info("%s", task.load_weights(model, source))
 
     together(load, "loading the weights")
     model.to(ranks.device).eval()
@@ -156,6 +159,16 @@ def evaluate(
             return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown, beat, stop_requested)
         finally:
             loader.close()
+
+
+def check_whole(config: RunConfig, source: str | Path | Mapping[str, Tensor]) -> None:
+    """Raise ConfigError for weights of a backbone alone where a detector is needed: its heads would be random."""
+    if config.task == "detection" and not any(name.startswith("pyramid.") for name in read_state(source)):
+        label = "the given state dict" if isinstance(source, Mapping) else source
+        raise ConfigError(
+            f"{label}: has the weights of a backbone, not of a whole detector, so it finds no objects; train one "
+            "from it (model.weights), or name a run's"
+        )
 
 
 def resolve_weights(

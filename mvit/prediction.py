@@ -15,11 +15,11 @@ from data_pipeline.reads import Item
 from data_pipeline.video_container import VIDEO_EXTENSIONS
 from mvit.checkpoint import read_manifest
 from mvit.class_names import ClassNames, class_names
-from mvit.config import ConfigError, RunConfig, parse_config
+from mvit.config import RunConfig, parse_config
 from mvit.detection.coco_metric import encode_masks
 from mvit.detection.detections import Detections
 from mvit.detection.draw import draw_boxes, draw_masks
-from mvit.evaluation import resolve_weights
+from mvit.evaluation import check_whole, resolve_weights
 from mvit.export import exported_config
 from mvit.export_check import build_to_fill
 from mvit.prediction_files import asked_files, copies_in
@@ -27,7 +27,6 @@ from mvit.prediction_results import Classified, Detected, FoundObject, Guess, Re
 from mvit.run_identity import read_config
 from mvit.tasks import create_task
 from mvit.tasks.base import Task, TaskTransform
-from mvit.weights import read_state
 
 RESULTS_FILE = "predictions.json"
 _PASTED_PIXELS = 1 << 27  # of masks pasted into the picture at once: 128 MiB
@@ -101,11 +100,7 @@ def load_predictor(
         config = _with(config, overrides)
     task = create_task(config)
     source = resolve_weights(weights, ema=ema)
-    if config.task == "detection" and not any(name.startswith("pyramid.") for name in read_state(source)):
-        raise ConfigError(
-            f"{weights}: has the weights of a backbone, not of a whole detector, so it finds no objects; train one "
-            "from it (model.weights), or name a run's"
-        )
+    check_whole(config, source)
     named = class_names(config, names)
     model = build_to_fill(task)
     task.load_weights(model, source)

@@ -35,5 +35,3 @@ def alone() -> Iterator[distributed.RankInfo]:
     yield distributed.start()
     if not was_there:
         distributed.shutdown()
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)

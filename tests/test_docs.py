@@ -11,7 +11,19 @@ from mvit.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXPECTED = {"training", "data", "video", "detection", "checkpoints", "launching", "ledger", "doctor", "debugging", "reproducing"} | {
+EXPECTED = {
+    "training",
+    "data",
+    "video",
+    "detection",
+    "predicting",
+    "checkpoints",
+    "launching",
+    "ledger",
+    "doctor",
+    "debugging",
+    "reproducing",
+} | {
     "benchmarks",
     "decisions",
 }
