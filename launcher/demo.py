@@ -18,12 +18,10 @@ class Demo:
     """One demo: what is packed, what is trained on it, and what it reaches on every machine it was tried on."""
 
     source: str
-    """Names the recipe, the run and the shards' folder."""
+    """Of `mvit data pack`; also the names of the recipe, the run and the shards' folder."""
     words: str
     goal: float
     """Of the held-out part."""
-    pack: tuple[str, ...] = ()
-    """Of `mvit data pack`, before the output; () is the source alone."""
     figure: str = "top1"
 
     @property
@@ -41,12 +39,6 @@ class Demo:
     @property
     def weights(self) -> Path:
         return self.run / f"{self.source}.safetensors"
-
-    def packing(self) -> list[str]:
-        """Return the arguments of the command that packs the data."""
-        kind, *given = self.pack or (self.source,)
-        lists, options = (given[:2], given[2:]) if kind == "coco" else ([], given)
-        return ["data", "pack", kind, *lists, str(self.shards), *options]
 
     def told(self, figures: Mapping[str, float]) -> str:
         """Return what was reached in words."""
@@ -66,28 +58,11 @@ CAMERA = Demo(
     "camera", "900 clips in which a camera moves over three real films (later parts of each are held out)", 0.90
 )
 SHAPES = Demo("shapes", "500 drawn pictures of shapes with exact masks (100 are held out)", 0.50, figure="box_ap50")
-NUCLEI_FOLDER = Path("../shared/data/nuclei-coco")
-NUCLEI = Demo(
-    "nuclei",
-    "280 microscope pictures with the masks of 8,500 nuclei (60 pictures are held out)",
-    0.50,
-    (
-        "coco",
-        f"{NUCLEI_FOLDER}/train.tar",
-        f"{NUCLEI_FOLDER}/instances_train.json",
-        "--validation",
-        f"{NUCLEI_FOLDER}/val.tar",
-        f"{NUCLEI_FOLDER}/instances_val.json",
-    ),
-    "box_ap50",
-)
 
 
 def choose(name: str) -> Demo:
-    """Return the demo of a name; "detection" takes the real pictures where they lie beside the project."""
-    if name == "detection":
-        return NUCLEI if NUCLEI_FOLDER.is_dir() else SHAPES
-    return {"digits": DIGITS, "camera": CAMERA, "shapes": SHAPES, "nuclei": NUCLEI}[name]
+    """Return the demo of a name."""
+    return {"digits": DIGITS, "camera": CAMERA, "detection": SHAPES}[name]
 
 
 def main(arguments: Sequence[str] = ()) -> int:
@@ -97,7 +72,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     shutil.rmtree(demo.shards, ignore_errors=True)
     shutil.rmtree(demo.run, ignore_errors=True)
     _say(f"1. pack {demo.words} into tar shards")
-    _mvit(*demo.packing())
+    _mvit("data", "pack", demo.source, str(demo.shards))
     _mvit("data", "check", str(demo.shards / "train"))
     _say("2. submit a job of 2 ranks (one per GPU where there are GPUs) under DeepSpeed ZeRO-2, and watch it")
     _train_until_half_way(demo)
