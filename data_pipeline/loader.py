@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipeline.helper_signals import signals_held
 from data_pipeline.order import Stream, chunk_positions
 from data_pipeline.reads import (
     BadSamples,
@@ -25,7 +26,7 @@ from data_pipeline.reads import (
 )
 from data_pipeline.settings import Settings
 from data_pipeline.shards import ShardSet
-from data_pipeline.workers import preload_workers, signals_held, start_worker
+from data_pipeline.workers import preload_workers, start_worker
 
 
 class DataConfig(Settings):

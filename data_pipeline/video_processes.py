@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import cast
 
+from data_pipeline.helper_signals import start_tracker
 from data_pipeline.video_inspect import Finding, Inspection, inspect
 
 Work = Callable[[Inspection], Finding]
@@ -129,6 +130,7 @@ class _Crew:
             worker.pipe.close()
 
     def _start(self) -> _Worker:
+        start_tracker()
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         ours, theirs = context.Pipe()
         arguments = (theirs, self._time_limit_s, self._work)

@@ -5,14 +5,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 import torch
 
-_JOB_SIGNALS = {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP}
-"""What concerns the training process only: Slurm may send it to every process of a job, a terminal to its group."""
+from data_pipeline.helper_signals import start_tracker
 
 _LOOK_S = 2.0
 
@@ -50,20 +46,6 @@ def _leave_with_trainer() -> None:
     os._exit(0)
 
 
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold back signals that concern this process only while helper processes start; they arrive here afterwards.
-
-    The fork server and the resource tracker inherit the blocked mask and keep it, and so do workers until
-    `start_worker`: none of them dies of the job's warning signal or of SIGTERM. They end when this process does.
-    """
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
 def preload_workers() -> None:
     """Let the fork server import once what this process has loaded of the package.
 
@@ -74,5 +56,4 @@ def preload_workers() -> None:
     heavy = [name for name in ("torch", "cv2", "timm.data.auto_augment") if name in sys.modules]
     ours = sorted(name for name in sys.modules if name.startswith("data_pipeline."))
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *heavy, *ours])
-    with signals_held():  # now, since starting it unblocks SIGTERM here, and the fork server must not inherit that
-        resource_tracker.ensure_running()
+    start_tracker()

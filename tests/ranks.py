@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.helper_signals import start_tracker
 from launcher.processes import free_port
 
 TIMEOUT_S = 600
@@ -38,6 +39,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
 
 
 def _spawn(function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    start_tracker()  # later tests send signals to every helper of this process
     context = multiprocessing.get_context("spawn")
     port, queue = free_port(), context.Queue()
     processes = [

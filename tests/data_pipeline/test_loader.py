@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from data_pipeline.batch import ImageBatch
+from data_pipeline.helper_signals import signals_held
 from data_pipeline.image import ImageConfig, ImageTransform, collate_images
 from data_pipeline.loader import DataConfig, EvaluationLoader, TrainLoader
 from data_pipeline.reads import BadSampleError
 from data_pipeline.shards import ShardSet, open_shards
 from data_pipeline.synthetic import SyntheticBatches
-from data_pipeline.workers import signals_held
 from tests.data_pipeline.pictures import photo_samples, write_shards
 
 IMAGES = ImageConfig(image_size=(16, 16))
