@@ -32,6 +32,10 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+def open_files(process: psutil.Process) -> list[str]:
+    return [os.path.realpath(handle) for handle in Path(f"/proc/{process.pid}/fd").iterdir()]
+
+
 def when_one_is_stuck(pipe: str, act: Callable[[int], None]) -> threading.Thread:
     """Call `act` with the process that waits for something to read from the pipe."""
 
@@ -42,9 +46,11 @@ def when_one_is_stuck(pipe: str, act: Callable[[int], None]) -> threading.Thread
                 writing = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # succeeds once somebody reads
             except OSError:
                 continue
-            for child in children():
-                if pipe in [os.path.realpath(handle) for handle in Path(f"/proc/{child.pid}/fd").iterdir()]:
-                    act(child.pid)
+            reading: list[psutil.Process] = []
+            while not reading:  # its own open may not have returned yet
+                reading = [child for child in children() if pipe in open_files(child)]
+            for child in reading:
+                act(child.pid)
             os.close(writing)
             return
 
