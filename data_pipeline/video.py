@@ -23,7 +23,7 @@ from data_pipeline.image import random_crop_box
 from data_pipeline.order import derive_seed
 from data_pipeline.reads import Item
 from data_pipeline.video_container import VIDEO_EXTENSIONS
-from data_pipeline.video_decode import Video, video_member
+from data_pipeline.video_decode import Video, check_decoder, video_member
 
 if TYPE_CHECKING:
     from data_pipeline.augment import ClipRandAugment
@@ -114,6 +114,7 @@ class VideoTransform:
 
     def __init__(self, config: VideoConfig, train: bool) -> None:
         self.config, self.train = config, train
+        check_decoder(config.decoder)  # here, not in a worker in the middle of a run
         self._rand_augment = _rand_augment(config) if train else None
 
     def __call__(self, members: dict[str, bytes], seed: int) -> tuple[np.ndarray, int]:

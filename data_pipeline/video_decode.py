@@ -361,6 +361,11 @@ def _orientation(frame: VideoFrame) -> tuple[int, int, int, int]:
     return 0, (1 if b >= 0 else -1), (1 if c >= 0 else -1), 0
 
 
+def check_decoder(decoder: str) -> None:
+    """Raise DecoderMissingError if a decoder cannot be used here."""
+    _torchcodec(decoder)
+
+
 def _torchcodec(decoder: str) -> Any:
     """Return torchcodec's decoder class if it is asked for, None for PyAV."""
     if decoder == "pyav":

@@ -232,6 +232,13 @@ def _load(step: Step, before: "tuple[RunConfig, str] | None") -> "RunConfig":
         from mvit.starting_weights import check_start
 
         check_start(trained, config)
+        return config
+    start = "new weights" if config.model.weights is None else f"model.weights = {config.model.weights}"
+    print(
+        f"warning: {config.name} starts from {start}, as its recipe or an override says, not from the run before it: "
+        f"to start from that, set model.weights={run_dir}",
+        file=sys.stderr,
+    )
     return config
 
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import make_grid
 
 from mvit.progress import ProgressDisplay
 
@@ -132,9 +133,11 @@ class RunLog:
             self._writer.add_text("config", "```yaml\n" + text + "```", step)
 
     def images(self, images: Tensor, step: int, tag: str = "inputs/augmented") -> None:
-        """Show (N, 3, H, W) images in [0, 1], as the model sees them or with what it predicts."""
+        """Show (N, 3, H, W) images in [0, 1], as the model sees them or with what it predicts; strips in rows."""
         if self._active:
-            self._writer.add_images(tag, images.float().cpu(), step)
+            height, width = images.shape[-2:]
+            grid = make_grid(images.float().cpu(), nrow=max(1, min(8, 8 * height // width)), padding=4, pad_value=1.0)
+            self._writer.add_image(tag, grid, step)
 
     def train(self, step: int, record: Mapping[str, float]) -> None:
         """Report one training record."""

@@ -251,6 +251,8 @@ def _check_variant(variant: Variant) -> None:
 
 
 def _check_input_size(input_size: Sequence[int]) -> None:
+    if not isinstance(input_size, Sequence):
+        raise ValueError(f"input_size={input_size!r} must be (H, W) for images or (T, H, W) for clips: (224, 224)")
     smallest = (2, 4, 4)[-len(input_size) :]
     if len(input_size) not in (2, 3) or any(a < b for a, b in zip(input_size, smallest, strict=True)):
         raise ValueError(
