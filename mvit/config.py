@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -126,6 +126,13 @@ class TrainConfig(Settings):
     """Augmented inputs shown in TensorBoard at the first step."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak rate of one device in TFLOP/s for MFU; null takes the data sheet's figure where the device is known."""
+
+    @property
+    def checkpointed_stages(self) -> tuple[StageName, ...]:
+        """The stages whose activations are recomputed."""
+        if isinstance(self.activation_checkpointing, tuple):
+            return self.activation_checkpointing
+        return () if self.activation_checkpointing == "off" else get_args(StageName)
 
 
 @dataclass(frozen=True)

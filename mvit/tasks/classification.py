@@ -32,9 +32,7 @@ def build_classifier(config: RunConfig) -> MViT:
         head_dropout=model.head_dropout,
         attention_form=model.attention_form,
     )
-    stages = config.train.activation_checkpointing
-    if stages != "off":
-        built.set_activation_checkpointing(("stage1", "stage2", "stage3", "stage4") if stages == "all" else stages)
+    built.set_activation_checkpointing(config.train.checkpointed_stages)
     return built
 
 

@@ -47,11 +47,7 @@ class Detection:
             residual_pooling=model.residual_pooling,
             attention_form=model.attention_form,
         )
-        stages = self._config.train.activation_checkpointing
-        if stages != "off":
-            backbone.set_activation_checkpointing(
-                ("stage1", "stage2", "stage3", "stage4") if stages == "all" else stages
-            )
+        backbone.set_activation_checkpointing(self._config.train.checkpointed_stages)
         return create_detector(backbone, options.kind, model.num_classes, options)
 
     def load_weights(
