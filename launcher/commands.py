@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from launcher.submit import Submission
 
 _NEAR_MISS = 0.75  # similarity of a key to one of the cluster file's; no key of a recipe comes near
+_NEAR_BUT_RIGHT = {"detector"}  # a recipe's section; a test finds any other that looks like a key of the cluster file
 
 # Every import of launcher modules stands in a function: `mvit --help` must not wait for pydantic, submitit or torch.
 
@@ -278,7 +279,7 @@ def _split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         key = re.split(r"[.=]", word)[0]
         is_cluster = key == "cluster" or key in ClusterConfig.model_fields  # no recipe has a key like these
         close = difflib.get_close_matches(key, ClusterConfig.model_fields, n=1, cutoff=_NEAR_MISS)
-        if close and not is_cluster:
+        if close and not is_cluster and key not in _NEAR_BUT_RIGHT:
             raise ClusterError(f"{word}: unknown key {key!r}: did you mean {close[0]} (of the cluster file)?")
         (of_cluster if is_cluster else of_recipe).append(word.removeprefix("cluster."))
     return of_recipe, of_cluster
