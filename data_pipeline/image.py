@@ -40,6 +40,9 @@ class ImageConfig(AugmentConfig):
     """Evaluation: the short side is resized to image_size / crop_pct, then the centre is cut out."""
     full_resize: bool = False
     """Evaluation: resize the whole picture to image_size instead, whatever its shape."""
+    evaluated_classes: int | None = Field(default=None, gt=0)
+    """Evaluation: only the first so many logits compete. 1000 in ImageNet-21K pre-training, whose joint head begins with
+    ImageNet-1K's classes, so that it is validated on ImageNet-1K as published."""
 
 
 class ImageTransform:

@@ -59,7 +59,10 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class TopK:
-    """Top-1 and top-5 accuracy and the cross-entropy, beside the share of the most frequent class."""
+    """Top-1 and top-5 accuracy and the cross-entropy, beside the share of the most frequent class.
+
+    Of predictions with more columns than `num_classes` the first ones alone compete.
+    """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self._k = min(5, num_classes)
@@ -68,6 +71,7 @@ class TopK:
 
     def update(self, predictions: Tensor, batch: ImageBatch | VideoBatch) -> None:
         """Add logits (B, K)."""
+        predictions = predictions[:, : len(self._labels)]
         labels, weights = batch.labels, batch.weights.double()
         hits = predictions.topk(self._k, dim=1).indices == labels[:, None]
         loss = F.cross_entropy(predictions, labels, reduction="none").double()

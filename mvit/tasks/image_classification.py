@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import ImageBatch
 from data_pipeline.image import ImageTransform, collate_images
 from data_pipeline.mixup import DeviceAugment, normalize
-from mvit.config import RunConfig
+from mvit.config import ConfigError, RunConfig
 from mvit.model.backbone import MViT
 from mvit.tasks.base import Forward
 from mvit.tasks.classification import (
@@ -31,6 +31,12 @@ class ImageClassification:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._image = config.image
+        self._evaluated_classes = config.image.evaluated_classes or config.model.num_classes
+        if self._evaluated_classes > config.model.num_classes:
+            raise ConfigError(
+                f"image.evaluated_classes = {self._evaluated_classes} is more than model.num_classes = "
+                f"{config.model.num_classes}; lower it, or leave it out to evaluate on all classes"
+            )
         self._augment = DeviceAugment(config.image, config.model.num_classes)
 
     def build_model(self) -> MViT:
@@ -66,7 +72,7 @@ class ImageClassification:
         return logits_of_noise(model, self._config)
 
     def metric(self, device: torch.device) -> TopK:
-        return TopK(self._config.model.num_classes, device)
+        return TopK(self._evaluated_classes, device)
 
     def preview(self, batch: ImageBatch, *, seed: int, limit: int) -> Tensor:
         images, _ = self._augment(batch, seed, torch.float32)
