@@ -41,8 +41,8 @@ class ImageConfig(AugmentConfig):
     full_resize: bool = False
     """Evaluation: resize the whole picture to image_size instead, whatever its shape."""
     evaluated_classes: int | None = Field(default=None, gt=0)
-    """Evaluation: only the first so many logits compete. 1000 in ImageNet-21K pre-training, whose joint head begins with
-    ImageNet-1K's classes, so that it is validated on ImageNet-1K as published."""
+    """Evaluation: only the first so many logits compete; null: all. 1000 in ImageNet-21K pre-training, whose joint head
+    begins with ImageNet-1K's classes, so that it is validated on ImageNet-1K as published."""
 
 
 class ImageTransform:
