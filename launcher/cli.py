@@ -239,6 +239,30 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     checkpoint.add_argument("--folder", metavar="DIR", help="file system to write to (the temporary folder's)")
     add_json(checkpoint)
 
+    detection = add_command(
+        bench,
+        "detection",
+        commands.bench_detection,
+        "measure a detector's backbone with each type of attention, and COCO's metric beside pycocotools",
+        "mvit bench detection mvitv2_tiny --size 1024 1024 --threads 1",
+    )
+    text = "mvitv2_tiny (which is the default), small, base, large or huge"
+    detection.add_argument("variant", nargs="?", default="mvitv2_tiny", metavar="VARIANT", help=text)
+    detection.add_argument(
+        "--size", type=int, nargs=2, default=[1024, 1024], metavar=("H", "W"), help="of the pictures (1024 1024)"
+    )
+    kinds = ("full", "hwin", "window", "swin")
+    detection.add_argument("--attention", nargs="+", choices=kinds, default=list(kinds), help="types to compare (all)")
+    detection.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    detection.add_argument("--batch", type=int, default=1, metavar="N", help="pictures per step (1)")
+    text = "synthetic pictures that the metric is timed on (5000)"
+    detection.add_argument("--images", type=int, default=5000, metavar="N", help=text)
+    detection.add_argument("--only", choices=("attention", "metric"), help="one of the two measurements")
+    detection.add_argument("--threads", type=int, metavar="N", help="CPU threads of the backbone (torch's default)")
+    detection.add_argument("--rounds", type=int, default=1, metavar="N", help="measurements of each (1)")
+    detection.add_argument("--device", metavar="DEVICE", help="cpu or cuda; cuda where there is one")
+    add_json(detection)
+
 
 if __name__ == "__main__":
     sys.exit(main())

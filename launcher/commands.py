@@ -220,6 +220,32 @@ def bench_data(args: Namespace) -> int:
     return 0
 
 
+def bench_detection(args: Namespace) -> int:
+    """Measure a detector's backbone with each type of attention, and the metric beside pycocotools."""
+    from mvit.benchmark_detection import as_dict, bench_attention, bench_metric, show_rows
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    metric = [] if args.only == "attention" else bench_metric(args.images, rounds=args.rounds, tell=tell)
+    attention = [] if args.only == "metric" else bench_attention(
+        args.variant,
+        args.size,
+        args.attention,
+        precision=args.precision,
+        batch=args.batch,
+        rounds=args.rounds,
+        device=args.device,
+        num_threads=args.threads,
+        tell=tell,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(as_dict(attention, metric)))
+    else:
+        show_rows(attention, metric)
+    return 0
+
+
 def _show_and_follow(args: Namespace, submission: "Submission") -> int:
     if args.json:
         print(json.dumps(submission.to_dict()), flush=True)

@@ -165,10 +165,10 @@ def _take_turns(
         model.to(device).train(kind == "train")
         step = _step(model, inputs, precision, kind)
         step()
-        results[name] = ([], [], _peak_mib(model, step, device))
+        results[name] = ([], [], peak_mib(model, step, device))
     for _ in range(rounds):
         for name, model in contenders.items():
-            seconds, wall = _timed(_step(model, inputs, precision, kind), device)
+            seconds, wall = timed(_step(model, inputs, precision, kind), device)
             results[name][0].append(seconds)
             results[name][1].append(wall)
     for model in contenders.values():
@@ -192,7 +192,7 @@ def _step(model: nn.Module, inputs: Tensor, precision: str, kind: str) -> Callab
     return step
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
     """Return (process CPU seconds or device seconds, wall seconds) of one step."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -208,7 +208,7 @@ def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, float
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def _peak_mib(model: nn.Module, step: Callable[[], None], device: torch.device) -> float | None:
+def peak_mib(model: nn.Module, step: Callable[[], None], device: torch.device) -> float | None:
     """Return the peak memory of one step above what was held before: allocated on CUDA, resident on Linux."""
     model.zero_grad(set_to_none=True)
     gc.collect()

@@ -42,6 +42,7 @@ COMMANDS = [
     ["bench", "model"],
     ["bench", "data"],
     ["bench", "checkpoint"],
+    ["bench", "detection"],
 ]
 
 
