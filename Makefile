@@ -26,8 +26,9 @@ demo-video: setup
 demo-detection: setup
 	$(BIN)/python -m launcher.demo detection
 
+# Two workers (tests/conftest.py says who does what); plain `pytest` runs all in one process.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .

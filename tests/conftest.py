@@ -18,6 +18,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the Slurm tests and keep what shares fixtures together, for runs on several workers (`make test`).
+
+    Slurm's tests wait most of the time; there is one cluster a machine, so one worker has them all, while the other
+    does the rest file by file.
+    """
+    slurm = Path(__file__).parent / "slurm"
+    items.sort(key=lambda item: not item.path.is_relative_to(slurm))  # stable: the order of the others stays
+    for item in items:
+        group = "slurm" if item.path.is_relative_to(slurm) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with scikit-learn's digits packed into train/ and validation/ shards."""

@@ -1,4 +1,4 @@
-"""The cluster of the Slurm tests: four toy nodes, up for the whole test session."""
+"""The cluster of the Slurm tests: four toy nodes, up while these tests run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +24,9 @@ def slurm_available() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(slurm_available: None) -> Iterator[Cluster]:
-    """Return a running cluster of four nodes; a test leaves its nodes idle."""
+    """Return a running cluster of four nodes; a test leaves its nodes idle. Tests of other folders find it gone."""
     with Cluster() as running:
         yield running
 
