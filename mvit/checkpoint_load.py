@@ -223,6 +223,27 @@ def whole_weights(path: Path, *, ema: bool = False) -> Iterator[tuple[str, Tenso
     yield from whole_states(manifest, EMA if ema else MASTER)
 
 
+def state_layout(manifest: Manifest) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Return type and shape of all that the model's state dict holds, parameters and buffers, wide numbers first.
+
+    In a file of that order every number is aligned.
+    """
+    layout = {name: (torch.float32, list(shape)) for name, shape in manifest.shapes.items()}
+    layout |= {name: (buffer.dtype, list(buffer.shape)) for name, buffer in read_buffers(manifest).items()}
+    return dict(sorted(layout.items(), key=lambda item: -item[1][0].itemsize))
+
+
+def whole_state(path: Path, *, ema: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield all that the model's state dict holds, one tensor at a time, in the order of `state_layout`.
+
+    Only weights are averaged: `ema` has the run's own buffers beside them, as its evaluations of the average do.
+    """
+    manifest = read_manifest(path)
+    weights, buffers = whole_weights(path, ema=ema), read_buffers(manifest)
+    for name in state_layout(manifest):
+        yield (name, buffers[name]) if name in buffers else next(weights)
+
+
 def whole_states(manifest: Manifest, state: str, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield one state of every parameter that has it, or of `names`, whole and in fp32, one at a time.
 

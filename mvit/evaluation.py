@@ -12,7 +12,7 @@ from data_pipeline.loader import EvaluationLoader
 from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
 from mvit.checkpoint import CheckpointError, newest_valid, newest_valid_on_all_ranks
-from mvit.checkpoint_load import whole_weights
+from mvit.checkpoint_load import whole_state
 from mvit.config import ConfigError, RunConfig
 from mvit.distributed import RankInfo, StopAgreement, logger, on_main, sum_over_ranks, together
 from mvit.life import Stopped
@@ -182,7 +182,7 @@ def resolve_weights(
         return source
     path = Path(source)
     if on_main(path.is_dir, f"looking at {path}", ranks):
-        return dict(whole_weights(newest_checkpoint(path, ranks), ema=ema))
+        return dict(whole_state(newest_checkpoint(path, ranks), ema=ema))
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder; name a run folder, a checkpoint or a weights file")
     if ema:

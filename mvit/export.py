@@ -12,7 +12,7 @@ from torch import nn
 
 from mvit.checkpoint import CheckpointError, Manifest, checkpoint_path, list_steps, newest_valid, read_manifest
 from mvit.checkpoint import verify as verify_checkpoint
-from mvit.checkpoint_load import whole_weights
+from mvit.checkpoint_load import state_layout, whole_state
 from mvit.config import RunConfig, parse_config
 from mvit.export_check import build_to_fill, check_logits, check_tensors
 from mvit.export_formats import free_each, write_safetensors, write_torch
@@ -41,13 +41,16 @@ def export_weights(
     verify: bool = True,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the fp32 weights of a run's newest valid checkpoint, of another step, or of a checkpoint folder to `out`.
+    """Write the weights of a run's newest valid checkpoint, of another step, or of a checkpoint folder to `out`.
 
     "safetensors" is our file, which `load_model` rebuilds its model from; "timm" has timm's names and loads strictly
     into its MultiScaleVit; "facebook" is {"model_state": …} in the official naming; "torch" a plain state dict in our
-    names. None decides by the suffix. Memory for one tensor is enough, and with `verify` for one model: then every
-    tensor is compared with the checkpoint's bit for bit, and the logits of the model that a user builds from the file
-    with those of the run's own, before the file gets its name. `progress` is called with (done, total) tensors.
+    names. None decides by the suffix. Weights are fp32. Running statistics (buffers) stand beside them as they are;
+    beside an average, too: only weights are averaged, and the run's evaluations of the average used them so.
+
+    Memory for one tensor is enough, and with `verify` for one model: then every tensor is compared with the
+    checkpoint's bit for bit, and the logits of the model that a user builds from the file with those of the run's own,
+    before the file gets its name. `progress` is called with (done, total) tensors.
 
     Raises ValueError for what a format cannot hold and for an existing file without `overwrite`, CheckpointError if
     there is nothing to export or the file differs, OSError if it cannot be written; `out` is then left as it was.
@@ -60,11 +63,6 @@ def export_weights(
         raise CheckpointError(
             f"{manifest.path}: holds no moving average; train with optim.ema_decay, or leave the option out"
         )
-    if manifest.buffers:
-        raise CheckpointError(
-            f"{manifest.path}: its model has buffers beside its parameters ({', '.join(manifest.buffers[:5])}), "
-            "which no export holds; `mvit evaluate` takes the checkpoint itself"
-        )
     names = _names(manifest, format)
     count = _counter(progress, len(names) * (1 + verify))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +74,7 @@ def export_weights(
             reason = error.strerror or str(error)
             raise OSError(error.errno, f"{out} cannot be written: {reason}; nothing was exported") from error
         if verify:
-            check_tensors(part, free_each(whole_weights(manifest.path, ema=ema)), names, count)
+            check_tensors(part, free_each(whole_state(manifest.path, ema=ema)), names, count)
             check_logits(part, manifest, ema=ema, timm=format == "timm", load=load_model)
         _refuse_existing(out, overwrite)
         os.replace(part, out)
@@ -165,10 +163,11 @@ def _find_checkpoint(source: Path, step: int | None) -> Path:
 
 def _names(manifest: Manifest, format: Format) -> dict[str, str]:
     """Return {our name: name in the file}; raise ValueError for a model that the format's code does not have."""
+    own = {name: name for name in (*manifest.shapes, *manifest.buffers)}
     if format != "timm":
-        return {name: name for name in manifest.shapes}
+        return own
     check_timm_has(manifest.shapes, parse_config(manifest.state["config"], source=str(manifest.path)))
-    return timm_names(manifest.shapes)
+    return own | timm_names(manifest.shapes)
 
 
 def _write(
@@ -177,7 +176,8 @@ def _write(
     config = json.dumps(manifest.state["config"])
     metadata = {"format": "pt", "step": str(manifest.step), "ema": json.dumps(ema), "config": config}
     flat = part.with_name(f"{part.stem}.safetensors")  # what the file is, or what it is made of
-    write_safetensors(flat, free_each(whole_weights(manifest.path, ema=ema)), manifest.shapes, names, metadata, count)
+    tensors, layout = free_each(whole_state(manifest.path, ema=ema)), state_layout(manifest)
+    write_safetensors(flat, tensors, layout, names, metadata, count)
     if flat != part:
         beside = {"epoch": 0, "step": manifest.step, "config": config}
         write_torch(part, flat, beside if format == "facebook" else None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvit.checkpoint import CheckpointError, Manifest
-from mvit.checkpoint_load import whole_weights
+from mvit.checkpoint_load import whole_state
 from mvit.config import RunConfig, parse_config
 from mvit.export_formats import free_each, return_freed_memory
 from mvit.export_timm import build_timm
@@ -31,7 +31,7 @@ def check_tensors(
     for name, tensor in tensors:
         found = state[names[name]]
         same = found.dtype == tensor.dtype and found.shape == tensor.shape
-        if not (same and torch.equal(found.view(torch.int32), tensor.view(torch.int32))):
+        if not (same and torch.equal(*(both.reshape(-1).view(torch.uint8) for both in (found, tensor)))):
             raise CheckpointError(f"{path.name}: {names[name]} differs after reading back; nothing was exported")
         count()
 
@@ -70,21 +70,21 @@ def check_logits(path: Path, manifest: Manifest, *, ema: bool, timm: bool, load:
 def build_to_fill(task: Task) -> nn.Module:
     """Build a task's model for weights that are at hand: without the time and memory that random ones take.
 
-    The caller must set every parameter.
+    The caller must set every parameter and every buffer of the state dict.
     """
     with torch.device("meta"):
         model = task.build_model()
-    if any(True for _ in model.buffers()):  # they may hold what no file does
+    if {name for name, _ in model.named_buffers()} - model.state_dict().keys():  # these hold what no file does
         return task.build_model()
     return model.to_empty(device="cpu")
 
 
 def _own(task: Task, manifest: Manifest, ema: bool) -> nn.Module:
     model = build_to_fill(task)
-    state = dict(model.named_parameters())
-    if state.keys() != manifest.shapes.keys():
-        raise CheckpointError(f"{manifest.path}: its parameters are not those of the model that its config describes")
-    for name, tensor in free_each(whole_weights(manifest.path, ema=ema)):
+    state = model.state_dict()
+    if state.keys() != {*manifest.shapes, *manifest.buffers}:
+        raise CheckpointError(f"{manifest.path}: its weights are not those of the model that its config describes")
+    for name, tensor in free_each(whole_state(manifest.path, ema=ema)):
         state[name].copy_(tensor)
     return model
 

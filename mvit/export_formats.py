@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvit.safetensors_file import write_pieces
+from mvit.safetensors_file import DTYPES, write_pieces
 
 _WORTH_RETURNING = 1 << 20  # bytes
 
@@ -39,21 +39,21 @@ def return_freed_memory() -> None:
 def write_safetensors(
     path: Path,
     tensors: Iterator[tuple[str, Tensor]],
-    shapes: Mapping[str, Sequence[int]],
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     names: Mapping[str, str],
     metadata: Mapping[str, str],
     count: Callable[[], None],
 ) -> None:
-    """Write fp32 tensors, which must come in the order of `shapes`, under new `names`, and wait for the disk."""
+    """Write tensors, which must come in the order of `layout`, under new `names`, and wait for the disk."""
 
     def pieces() -> Iterator[Tensor]:
-        for (name, tensor), expected in zip(tensors, shapes, strict=True):
-            assert (name, tensor.dtype) == (expected, torch.float32), name
+        for (name, tensor), (expected, (dtype, _)) in zip(tensors, layout.items(), strict=True):
+            assert (name, tensor.dtype) == (expected, dtype), name
             yield tensor.contiguous()
             count()
 
-    layout = {names[name]: (torch.float32, shape) for name, shape in shapes.items()}
-    write_pieces(path, layout, pieces(), metadata, hashed=False)
+    renamed = {names[name]: kind for name, kind in layout.items()}
+    write_pieces(path, renamed, pieces(), metadata, hashed=False)
 
 
 def write_torch(path: Path, source: Path, wrapping: Mapping[str, object] | None) -> None:
@@ -66,12 +66,12 @@ def write_torch(path: Path, source: Path, wrapping: Mapping[str, object] | None)
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     # Copy-on-write: no page becomes memory of our own, since none is written to
-    mapped = np.memmap(source, dtype="<f4", mode="c", offset=8 + length)
+    mapped = np.memmap(source, dtype=np.uint8, mode="c", offset=8 + length)
     state: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            start, stop = (offset // 4 for offset in entry["data_offsets"])
-            state[name] = torch.from_numpy(mapped[start:stop]).view(entry["shape"])  # a storage of its own
+            own = torch.from_numpy(mapped[slice(*entry["data_offsets"])])  # a storage of its own
+            state[name] = own.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     content = state if wrapping is None else {"model_state": state, **wrapping}
     with open(path, "wb") as file:
         watched = _Watched(file)

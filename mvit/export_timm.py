@@ -15,7 +15,9 @@ def check_timm_has(shapes: Mapping[str, Sequence[int]], config: RunConfig) -> No
     """Raise ValueError, with the way out, for a model that timm does not have or computes another function for."""
     model, size = config.model, config.image.image_size
     reason = ""
-    if "patch_embed.proj.weight" not in shapes or len(shapes["patch_embed.proj.weight"]) != 4:
+    if config.task == "detection":
+        reason = "timm has no detectors"
+    elif "patch_embed.proj.weight" not in shapes or len(shapes["patch_embed.proj.weight"]) != 4:
         reason = "timm has no video MViTv2"
     elif "cls_token" in shapes and model.residual_pooling:
         reason = "timm adds the pooled query to the class token as well, so with model.class_token its logits differ"

@@ -32,7 +32,7 @@ def starting_weights(source: str | Path, ranks: "RankInfo | None" = None) -> tup
     A folder with a moving average gives that. With `ranks`, all of them ask, and a run's newest valid checkpoint is
     looked for once (collective). Raises CheckpointError for what is none of the three.
     """
-    from mvit.checkpoint_load import whole_weights
+    from mvit.checkpoint_load import whole_state
     from mvit.distributed import on_main
     from mvit.evaluation import resolve_weights
 
@@ -42,7 +42,7 @@ def starting_weights(source: str | Path, ranks: "RankInfo | None" = None) -> tup
     trained = trained_weights(path, ranks)
     which = "averaged weights (EMA)" if trained.averaged else "last weights (it has no average)"
     # Nothing collective from here on: what fails now may fail on this rank alone.
-    return dict(whole_weights(trained.checkpoint, ema=trained.averaged)), f"the {which} of {trained.checkpoint}"
+    return dict(whole_state(trained.checkpoint, ema=trained.averaged)), f"the {which} of {trained.checkpoint}"
 
 
 def trained_weights(run_dir: str | Path, ranks: "RankInfo | None" = None) -> TrainedWeights:

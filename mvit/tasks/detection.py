@@ -135,10 +135,10 @@ def _load_detector(model: Detector, state: Mapping[str, Tensor], *, new_head: bo
     if missing or unexpected or (unfit and not new_head):
         named = ", ".join([*missing, *unexpected, *unfit][:5])
         raise ValueError(
-            f"the weights are those of another detector: {len(missing)} parameters are missing, {len(unexpected)} are "
+            f"the weights are those of another detector: {len(missing)} tensors are missing, {len(unexpected)} are "
             f"unexpected, {len(unfit)} have other shapes ({named}); give the recipe the same model and detector "
             "sections, or model.new_head=true if only the classes differ"
         )
     model.load_state_dict({name: tensor for name, tensor in state.items() if name not in unfit}, strict=False)
     anew = f", {len(unfit)} start anew: {', '.join(unfit)}" if unfit else ""
-    return f"the detector: {len(state) - len(unfit)} parameters loaded{anew}"
+    return f"the detector: {len(state) - len(unfit)} tensors loaded{anew}"

@@ -32,14 +32,15 @@ def write_checkpoint(config: RunConfig, step: int = 1, num_ranks: int = 3, state
     """Write a checkpoint into the config's run folder, each parameter split over all ranks; returns its folder.
 
     `states` may add "exp_avg", "exp_avg_sq" and "ema". The weights depend on their names alone; they keep the size of
-    the activations through any number of blocks.
+    the activations through any number of blocks. What buffers the model has, the first rank's file holds.
     """
     with torch.device("meta"):
         model = create_task(config).build_model()
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    buffers = {name: b for name, b in sorted(model.state_dict().items()) if name not in shapes}
     folder = checkpoint_path(config.run_dir, step)
     folder.mkdir(parents=True)
-    files = [_write_rank(folder, rank, num_ranks, shapes, states) for rank in range(num_ranks)]
+    files = [_write_rank(folder, rank, num_ranks, shapes, states, {} if rank else buffers) for rank in range(num_ranks)]
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -48,6 +49,7 @@ def write_checkpoint(config: RunConfig, step: int = 1, num_ranks: int = 3, state
         "shapes": shapes,
         "groups": [],
         "state": {"config": config.model_dump(mode="json")},
+        "buffers": list(buffers),
         "files": files,
     }
     (folder / "manifest.json").write_text(seal(manifest))
@@ -62,8 +64,19 @@ def weight_of(name: str, shape: list[int], state: str = "fp32") -> Tensor:
     return torch.cat(list(_numbers(name, state, numel, 0, numel))).view(shape)
 
 
+def buffer_of(name: str, like: Tensor) -> Tensor:
+    """Return a running statistic as `write_checkpoint` writes it: positive, as variances are."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return (torch.rand(like.shape, generator=generator) * 9 + 1).to(like.dtype)
+
+
 def _write_rank(
-    folder: Path, rank: int, num_ranks: int, shapes: dict[str, list[int]], states: tuple[str, ...]
+    folder: Path,
+    rank: int,
+    num_ranks: int,
+    shapes: dict[str, list[int]],
+    states: tuple[str, ...],
+    buffers: dict[str, Tensor],
 ) -> dict[str, Any]:
     table, offset = [], 0
     for name, shape in shapes.items():
@@ -76,6 +89,11 @@ def _write_rank(
         state: {"dtype": "F32", "shape": [offset], "data_offsets": [4 * offset * i, 4 * offset * (i + 1)]}
         for i, state in enumerate(states)
     }
+    stop = 4 * offset * len(states)
+    for name, buffer in buffers.items():
+        start, stop = stop, stop + buffer.nbytes
+        dtype = {torch.float32: "F32", torch.int64: "I64"}[buffer.dtype]
+        header[f"buffer.{name}"] = {"dtype": dtype, "shape": list(buffer.shape), "data_offsets": [start, stop]}
     text = json.dumps(header).encode()
     path, digest = folder / f"rank_{rank:05d}.safetensors", hashlib.sha256()
     with open(path, "wb") as file:
@@ -84,6 +102,8 @@ def _write_rank(
             for name, numel, start, count, _ in table:
                 for piece in _numbers(name, state, numel, start, count):
                     _put(file, digest, piece.numpy().tobytes())
+        for name, buffer in buffers.items():
+            _put(file, digest, buffer_of(name, buffer).numpy().tobytes())
     size = path.stat().st_size
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest(), "states": list(states), "table": table}
 

@@ -5,7 +5,6 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,15 +256,6 @@ def test_runs_without_checkpoints_averages_or_whole_files_are_refused(trained: R
         with pytest.raises(CheckpointError, match=r"is damaged.*differs from its SHA-256"):
             export_weights(source, out, step=step)
     assert left_in(tmp_path) == {"runs"}
-
-
-def test_a_model_with_buffers_is_refused_rather_than_exported_in_part(
-    trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mvit.export, "read_manifest", lambda path: replace(read_manifest(path), buffers=("a.mean",)))
-    with pytest.raises(CheckpointError, match=r"buffers beside its parameters \(a.mean\)"):
-        export_weights(trained.run_dir, tmp_path / "w.pth")
-    assert left_in(tmp_path) == set()
 
 
 def test_an_existing_file_is_replaced_only_on_request(trained: RunConfig, tmp_path: Path) -> None:
