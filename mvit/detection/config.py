@@ -1,8 +1,8 @@
 """DetectionConfig: what a user may set of the detection heads, with the published values as defaults."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
 from mvit.model.window import AttentionScope
@@ -35,6 +35,11 @@ class DetectionConfig(Settings):
     """Width of the fully connected layers of the box heads."""
     mask_channels: int = Field(default=256, gt=0)
 
+    anchor_sizes: tuple[float, ...] = (32, 64, 128, 256, 512)
+    """Side in pixels (of a square of equal area) of the anchors at strides 4, 8, 16, 32 and 64; they should be about as
+    large as the objects are after resizing."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height / width of the anchors at each place."""
     proposal_batch_size: int = Field(default=256, gt=0)
     """Anchors per image that train the proposals, at most half of them on objects."""
     proposals_before_nms: int = Field(default=2000, gt=0)
@@ -67,6 +72,18 @@ class DetectionConfig(Settings):
     """Where the smooth L1 losses of boxes turn from quadratic to linear; 0 is the L1 loss."""
     binary_mask_targets: bool = True
     """Train masks on the true mask cut out and thresholded at one half; False: on the interpolated values."""
+
+    @model_validator(mode="after")
+    def _check_anchors(self) -> Self:
+        sizes, ratios = self.anchor_sizes, self.anchor_ratios
+        if len(sizes) != 5 or min(sizes) <= 0 or list(sizes) != sorted(set(sizes)):
+            raise ValueError(
+                f"anchor_sizes {list(sizes)} must be five, one for each level, positive and rising: "
+                "[32, 64, 128, 256, 512]"
+            )
+        if not ratios or min(ratios) <= 0 or len(set(ratios)) < len(ratios):
+            raise ValueError(f"anchor_ratios {list(ratios)} must be positive and differ: [0.5, 1.0, 2.0]")
+        return self
 
 
 class DetectorConfig(DetectionConfig):

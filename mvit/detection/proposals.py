@@ -13,8 +13,6 @@ from mvit.detection.boxes import Target
 from mvit.detection.config import DetectionConfig
 from mvit.detection.fpn import STRIDES
 
-ANCHOR_SIZES = (32, 64, 128, 256, 512)  # √area in pixels, one per level
-ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
 FOREGROUND_IOU, BACKGROUND_IOU = 0.7, 0.3
 
 
@@ -25,12 +23,12 @@ class PyramidAnchors(AnchorGenerator):
     sizes of maps, which is wrong for the last level where its map has an odd number of rows.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tuple((size,) for size in ANCHOR_SIZES), (ANCHOR_RATIOS,) * len(ANCHOR_SIZES))
+    def __init__(self, sizes: Sequence[float], ratios: Sequence[float]) -> None:
+        super().__init__(tuple((size,) for size in sizes), (tuple(ratios),) * len(sizes))
 
     def generate_anchors(
         self,
-        scales: Sequence[int],
+        scales: Sequence[float],
         aspect_ratios: Sequence[float],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -61,7 +59,7 @@ class ProposalNetwork(RegionProposalNetwork):
     """torchvision's network with the loss of the boxes as published: L1 (its own turns quadratic below 1/9)."""
 
     def __init__(self, config: DetectionConfig, num_convs: int) -> None:
-        anchors = PyramidAnchors()
+        anchors = PyramidAnchors(config.anchor_sizes, config.anchor_ratios)
         after = config.proposals_after_nms
         super().__init__(
             anchors,

@@ -49,7 +49,7 @@ def _pair() -> tuple[Detector, MaskRCNN]:
     ours.pyramid.out_channels = WIDTH  # pyright: ignore[reportArgumentType]
     theirs = MaskRCNN(
         ours.pyramid,
-        rpn_anchor_generator=PyramidAnchors(),
+        rpn_anchor_generator=PyramidAnchors(LIKE_TORCHVISION.anchor_sizes, LIKE_TORCHVISION.anchor_ratios),
         rpn_pre_nms_top_n_train=200,
         rpn_pre_nms_top_n_test=150,
         rpn_post_nms_top_n_train=100,

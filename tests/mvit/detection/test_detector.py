@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
 
 from mvit.detection.boxes import Target
+from mvit.detection.config import DetectionConfig
 from mvit.detection.detections import Detections
 from mvit.detection.detector import create_detector
 from mvit.detection.norm import LayerNorm2d
+from mvit.detection.proposals import ProposalNetwork
 from tests.mvit.detection.tiny import SMALL, TinyBackbone, empty_target, shapes
 
 KINDS = ("mask_rcnn", "cascade_mask_rcnn")
@@ -193,3 +196,34 @@ def test_wrong_arguments_are_named() -> None:
         create_detector(TinyBackbone(), "mask_rcnn", 0)
     with pytest.raises(ValueError, match="out_channels"):
         create_detector(torch.nn.Conv2d(3, 3, 1), "mask_rcnn", 3)
+
+
+def test_anchors_have_the_sizes_and_shapes_asked_for_at_every_level() -> None:
+    config = DetectionConfig(anchor_sizes=(8, 16, 32, 64, 128), anchor_ratios=(0.5, 2.0))
+    network = ProposalNetwork(config, 1)
+    assert network.head.cls_logits.out_channels == 2  # pyright: ignore[reportAttributeAccessIssue]
+    maps = [torch.zeros(1, 1, side, side) for side in (16, 8, 4, 2, 1)]
+    anchors = network.anchor_generator(ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)]), maps)[0]
+    widths, heights = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
+    sizes = torch.cat(
+        [
+            torch.full((2 * side * side,), size)
+            for side, size in zip((16, 8, 4, 2, 1), (8.0, 16.0, 32.0, 64.0, 128.0), strict=True)
+        ]
+    )
+    torch.testing.assert_close((widths * heights).sqrt(), sizes)
+    torch.testing.assert_close(heights / widths, torch.tensor([0.5, 2.0]).repeat(len(anchors) // 2))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("anchor_sizes", (1, 2, 3)),
+        ("anchor_sizes", (16, 8, 32, 64, 128)),
+        ("anchor_ratios", ()),
+        ("anchor_ratios", (1.0, 1.0)),
+    ],
+)
+def test_anchors_that_make_no_sense_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{key} .* must be .*positive and"):
+        DetectionConfig(**{key: value})
