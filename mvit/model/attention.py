@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvit.model.linear import Linear
 from mvit.model.positions import key_codes, relative_bias, relative_terms, table_rows
 from mvit.model.window import Window, cuts_after_pooling, partition, separating_columns, unpartition
 
@@ -18,20 +19,6 @@ AttentionForm = Literal["auto", "reference", "matmul", "fused"]
 ATTENTION_FORMS: tuple[str, ...] = get_args(AttentionForm)
 AXES = ("t", "h", "w")
 LAYER_NORM_EPS = 1e-6  # every LayerNorm of every published MViTv2
-
-
-class Linear(nn.Linear):
-    """A linear layer that starts as published: truncated normal of std 0.02, bias 0.
-
-    The values are set in `reset_parameters`, inside the constructor, because DeepSpeed's `zero.Init` shards a
-    module's parameters as soon as its constructor returns: a later `model.apply(init)` would see empty tensors.
-    """
-
-    def reset_parameters(self) -> None:
-        """Draw new values."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
 
 class DepthwisePool(nn.Module):

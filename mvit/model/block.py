@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit.model.attention import LAYER_NORM_EPS, Linear
+from mvit.model.attention import LAYER_NORM_EPS
+from mvit.model.linear import Linear
 
 # Shape legend: B batch, L tokens (class token first where there is one, then the grid row-major), C channels,
 # T, H, W the token grid.

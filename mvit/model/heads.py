@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from mvit.model.attention import Linear
+from mvit.model.linear import Linear
 
 Readout = Literal["class_token", "mean", "mean_then_norm"]
 READOUTS: tuple[str, ...] = get_args(Readout)
