@@ -16,9 +16,9 @@ from mvit.weight_files import read_checkpoint
 _WRAPPERS = ("model_state", "state_dict", "model", "module")  # keys under which training code keeps the weights
 _PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 _MAX_LISTED = 40
-# What may start anew, by the start of its names: detectron2's backbone ends with norms of its own and has no token.
+# What may start anew, by the start of its names: a detector's backbone ends with norms of its own and has no token.
 _OF_CLASSIFIER = ("head.", "norm.", "cls_token")
-_RENEWABLE = {"detectron2": _OF_CLASSIFIER}
+_RENEWABLE = {"detectron2": _OF_CLASSIFIER, "detector": _OF_CLASSIFIER}
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class LoadReport:
     """What became of every tensor of a checkpoint and every parameter of the model."""
 
     naming: str
-    """Whose parameter names the checkpoint has: "official" (also our own classifiers), "timm", "torchvision" or
-    "detectron2" (also our own backbones)."""
+    """Whose parameter names the checkpoint has: "official" (also our own classifiers), "timm", "torchvision",
+    "detectron2" (also our own backbones) or "detector" (one of ours)."""
     loaded: tuple[str, ...]
     """Our names of all parameters that were set, the resized ones included."""
     resized: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """(name, old shape, new shape) of the position tables that were interpolated, or lost a class token's row."""
     missing: tuple[str, ...]
-    """Parameters of the model that start anew. If a new head was allowed: the head; after detectron2's backbone the
+    """Parameters of the model that start anew. If a new head was allowed: the head; after a detector's backbone the
     final norm and the class token, too. After inflation: the temporal positions, and the class token unless the image
     weights had one. Of a backbone: the norms of its maps, unless the weights are a backbone's. Else none."""
     unexpected: tuple[str, ...]
@@ -78,11 +78,12 @@ def load_weights(
     """Set the parameters of `model` from a file or a state dict in any published naming, which is detected.
 
     Position tables of another input size are interpolated and reported. `allow_new_head` starts a fresh classifier
-    where the checkpoint has none or one for another number of classes. Of a detectron2 detector the backbone is taken,
-    its other parts are reported. A backbone takes the weights of a backbone, a detector or an image classifier, whose
-    head, final norm and class token are left and reported; then the norms of the maps start anew. Image weights for a
-    video model are inflated: see `Inflation`; the temporal positions start at zero ("centre") or as in a new model
-    ("repeat"), the class token as in a new model if the images had none. The model is changed only if all fits.
+    where the checkpoint has none or one for another number of classes. Of a detector, ours or detectron2's, the
+    backbone is taken, its other parts are reported. A backbone takes the weights of a backbone, a detector or an image
+    classifier, whose head, final norm and class token are left and reported; then the norms of the maps start anew.
+    Image weights for a video model are inflated: see `Inflation`; the temporal positions start at zero ("centre") or as
+    in a new model ("repeat"), the class token as in a new model if the images had none. The model is changed only if
+    all fits.
 
     Raises ValueError naming the keys and shapes of whatever cannot be explained.
     """
@@ -113,7 +114,7 @@ def load_weights(
             resized.append((name, tuple(state[name].shape), shape))
     missing = [name for name in wanted if name not in state]
     renewed = [name for name in missing if inflating and starts_anew(name)]
-    unused = [name for name in state if name not in wanted and naming == "detectron2" and detector_part(name)]
+    unused = [name for name in state if name not in wanted and naming in _RENEWABLE and detector_part(name)]
     if isinstance(model, StagePyramid):
         if not any(map(is_pyramid_norm, state)):
             renewed = [name for name in missing if is_pyramid_norm(name)]
@@ -238,7 +239,7 @@ def _hints(
     elif "head.projection.weight" in missing:
         hints.append("The weights have no head: give allow_new_head=True to start a new one.")
     if "norm.weight" in missing and any(detector_part(name) for name in state):
-        hints.append("detectron2's backbone has no final norm and no class token: the option starts them anew, too.")
+        hints.append("A detector's backbone has no final norm and no class token: the option starts them anew, too.")
     elif "cls_token" in unexpected + missing:
         hints.append(f"Build the model with class_token={'cls_token' in unexpected}.")
     if any(name.startswith("pos_embed") for name in unexpected + missing):

@@ -10,7 +10,7 @@ from mvit.model.positions import resize_absolute, resize_table, square_grid
 
 # Our names are those of facebookresearch/mvit and SlowFast ("official"). Rules for the others: (their part, our part),
 # the first that occurs in a name is applied, in either direction.
-Naming = Literal["official", "timm", "torchvision", "detectron2"]
+Naming = Literal["official", "timm", "torchvision", "detectron2", "detector"]
 _TIMM = ((".shortcut_proj_attn.", ".proj."), (".shortcut_proj_mlp.", ".proj."), ("head.fc.", "head.projection."))
 _TORCHVISION = (
     ("conv_proj.", "patch_embed.proj."),
@@ -35,9 +35,11 @@ _TIMM_BLOCK = re.compile(r"^stages\.(\d+)\.blocks\.(\d+)\.")
 # detectron2: our names behind a prefix (a detector's or an FPN's), beside the detector's other parts
 _DETECTRON2 = re.compile(r"^(?:backbone\.)?bottom_up\.")
 _PYRAMID_NORM = re.compile(r"^scale[2-5]_norm\.")
+# our own detectors, and the pyramid alone: our names behind a prefix, too
+_DETECTOR = re.compile(r"^(?:pyramid\.)?backbone\.(?=(?:patch_embed|pos_embed|blocks|scale[2-5]_norm)\b)")
 _DETECTOR_PART = re.compile(
-    r"^(?:backbone\.)?(scale[2-5]_norm|fpn|top_block|proposal_generator|roi_heads|sem_seg_head|pixel_mean|pixel_std)"
-    r"(?![a-z])"
+    r"^(?:backbone\.|pyramid\.)?(scale[2-5]_norm|fpn|top_block|proposal_generator|roi_heads|sem_seg_head|pixel_mean"
+    r"|pixel_std|rpn|box_heads|mask_branch)(?![a-z])"
 )
 
 
@@ -45,13 +47,14 @@ def layer_index(name: str, depth: int) -> int:
     """Return the layer of a parameter for layer-wise learning-rate decay.
 
     0: patch embedding, class token, positions; 1 … depth: the blocks; depth + 1: final norm and head, or the norms of
-    a backbone's maps.
+    a backbone's maps and whatever else a detector has (pyramid and heads, as in ViTDet).
     Raises ValueError for a name that is none of these.
     """
+    name = _DETECTOR.sub("", name)
     block = _BLOCK.match(name)
     if block and int(block[1]) < depth:
         return int(block[1]) + 1
-    if name.startswith(("norm.", "head.")) or is_pyramid_norm(name):
+    if name.startswith(("norm.", "head.")) or detector_part(name):
         return depth + 1
     if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
         return 0
@@ -63,6 +66,8 @@ def detect_naming(names: Iterable[str]) -> Naming:
     names = list(names)
     if any(_DETECTRON2.match(name) or _PYRAMID_NORM.match(name) for name in names):
         return "detectron2"
+    if any(_DETECTOR.match(name) for name in names):
+        return "detector"
     if any(_TIMM_BLOCK.match(name) for name in names):
         return "timm"
     if "conv_proj.weight" in names:
@@ -84,11 +89,12 @@ def import_names(state: Mapping[str, Tensor]) -> tuple[Naming, dict[str, Tensor]
     naming = detect_naming(state)
     if naming == "official":
         return naming, dict(state)
-    rules = {"timm": _TIMM, "torchvision": _TORCHVISION, "detectron2": ()}[naming]
+    rules = {"timm": _TIMM, "torchvision": _TORCHVISION}.get(naming, ())
+    prefix = {"detectron2": _DETECTRON2, "detector": _DETECTOR}.get(naming)
     depths = _timm_depths(state) if naming == "timm" else []
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        ours = _DETECTRON2.sub("", name) if naming == "detectron2" else name
+        ours = prefix.sub("", name) if prefix else name
         block = _TIMM_BLOCK.match(name)
         if naming == "timm" and block:
             index = sum(depths[: int(block[1])]) + int(block[2])
@@ -104,9 +110,10 @@ def import_names(state: Mapping[str, Tensor]) -> tuple[Naming, dict[str, Tensor]
 
 
 def detector_part(name: str) -> str | None:
-    """Return the part of a detectron2 detector that a tensor belongs to, "roi_heads" for one.
+    """Return the part of a detector, ours or detectron2's, that a tensor belongs to, "roi_heads" for one.
 
-    None for the backbone proper and for what is not known. The pyramid's norms, fresh in every detector, are a part.
+    None for the backbone proper and for what is not known. The norms of a bare backbone's maps, which every detector
+    trains anew, are a part.
     """
     found = _DETECTOR_PART.match(name)
     return found[1] if found else None

@@ -42,7 +42,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig
         detector=CASCADE,
         schedule={"epochs": 1},
         train={"log_every": 2, "evaluate_every": STEPS},
-        optim={"ema_decay": 0.5},
+        optim={"ema_decay": 0.5, "layer_decay": 0.9},
     )
     mvit.train(config, show_progress=False)
     return config
@@ -116,6 +116,19 @@ def test_the_model_of_a_file_and_a_run_that_starts_from_one_have_its_statistics(
     bare = {name: tensor for name, tensor in wanted.items() if not name.endswith("running_mean")}
     with pytest.raises(ValueError, match="16 tensors are missing"):
         task.load_weights(task.build_model(), bare)
+
+
+def test_an_exported_detector_gives_its_backbone(trained: RunConfig, tmp_path: Path) -> None:
+    wanted = dict(whole_weights(checkpoint(trained)))
+    backbone = mvit.create_backbone(trained.model.resolved_variant(), window_size=8)
+    for name in ("w.safetensors", "w.pth", "w.pyth"):
+        out = export_weights(trained.run_dir, tmp_path / name, verify=False)
+        report = mvit.load_weights(backbone, out)
+        assert report.naming == "detector"
+        assert report.missing == ()
+        assert len(report.loaded) + len(report.unexpected) == len(content_of(out))
+        for ours, tensor in backbone.state_dict().items():
+            assert torch.equal(tensor, wanted[f"pyramid.backbone.{ours}"])
 
 
 def test_every_number_lies_where_a_processor_wants_it(trained: RunConfig, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """Backbones take weights of classifiers, detectors and backbones, and the report accounts for every tensor."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from mvit.detection.config import DetectionConfig
+from mvit.detection.detector import create_detector
 from mvit.model.backbone import MViT
-from mvit.model.convert import export_names
+from mvit.model.convert import detector_part, export_names
 from mvit.model.pyramid import StagePyramid
 from mvit.variants import Variant, create_backbone, create_model
 from mvit.weights import LoadReport, load_weights
@@ -17,14 +21,16 @@ NORMS = tuple(f"scale{stage}_norm.{leaf}" for stage in (2, 3, 4, 5) for leaf in 
 HEAD = ("norm.weight", "norm.bias", "head.projection.weight", "head.projection.bias")
 
 
-def backbone_of(seed: int, **options: object) -> StagePyramid:
+def backbone_of(seed: int, **options: Any) -> StagePyramid:
     torch.manual_seed(seed)
-    return create_backbone(SMALL, **({"input_size": (64, 64), "window_size": 16} | options))
+    sizes: dict[str, Any] = {"input_size": (64, 64), "window_size": 16}
+    return create_backbone(SMALL, **(sizes | options))
 
 
-def classifier_of(seed: int, **options: object) -> MViT:
+def classifier_of(seed: int, **options: Any) -> MViT:
     torch.manual_seed(seed)
-    return create_model(SMALL, 5, **({"input_size": (64, 64)} | options))
+    sizes: dict[str, Any] = {"input_size": (64, 64)}
+    return create_model(SMALL, 5, **(sizes | options))
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -100,6 +106,64 @@ def test_timms_and_five_dimensional_classifiers_load() -> None:
         report = load_weights(backbone, theirs)
         assert_accounted(report, backbone, state)
         assert (report.naming, report.missing) == (naming, NORMS)
+
+
+def our_detector(seed: int, **options: Any) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    small = DetectionConfig(pyramid_channels=16, box_channels=8, box_features=32, mask_channels=8)
+    return create_detector(backbone_of(seed, **options), "cascade_mask_rcnn", 3, small)
+
+
+@pytest.mark.parametrize("wrapped", ["detector", "pyramid"])
+def test_our_own_detectors_give_their_backbone_with_its_norms(wrapped: str, tmp_path: Path) -> None:
+    """Names are `pyramid.backbone.…` of a whole detector, `backbone.…` of the pyramid or of others' wrappers."""
+    whole = our_detector(1).requires_grad_(False)
+    for parameter in whole.parameters():
+        parameter.normal_()
+    state = state_of(whole if wrapped == "detector" else whole.get_submodule("pyramid"))
+    start = "pyramid.backbone." if wrapped == "detector" else "backbone."
+    ours = {name.removeprefix(start): tensor for name, tensor in state.items()}
+    assert set(backbone_of(2).state_dict()) < set(ours)
+    file = tmp_path / "detector.safetensors"
+    save_file(state, file)
+    for source in (state, {"model_state": state}, {f"module.{name}": value for name, value in state.items()}, file):
+        backbone = backbone_of(2, attention="full")
+        report = load_weights(backbone, source)
+        assert report.naming == "detector"
+        assert_accounted(report, backbone, ours)
+        assert report.missing == report.resized == ()
+        parts = {"fpn", "rpn", "box_heads", "mask_branch"} if wrapped == "detector" else {"fpn"}
+        assert {detector_part(name) for name in report.unexpected} == parts
+        assert f"{sum('fpn.' in name for name in state)} of fpn" in report.summary()
+
+
+def test_a_detector_of_another_size_or_with_an_unknown_part_is_refused() -> None:
+    state = state_of(our_detector(1, expand="mlp"))
+    with pytest.raises(ValueError, match=r'\(detector names\) does not fit small_test(.|\n)*try expand="mlp"'):
+        load_weights(backbone_of(2), state)
+    state = state_of(our_detector(1))
+    with pytest.raises(ValueError, match=r"Unexpected:\n  extra\.weight \[2\]"):
+        load_weights(backbone_of(2), state | {"extra.weight": torch.zeros(2)})
+    tables = load_weights(backbone_of(2, input_size=(96, 96)), state).resized
+    assert all(".rel_pos_" in name for name, _, _ in tables)
+    assert tables
+
+
+def test_a_classifier_takes_our_detector_s_backbone_only_with_a_new_head() -> None:
+    state = state_of(our_detector(1))
+    with pytest.raises(ValueError, match=r"The weights have no head: give allow_new_head=True(.|\n)*no final norm"):
+        load_weights(classifier_of(2), state)
+    classifier = classifier_of(2, class_token=True)
+    report = load_weights(classifier, state, allow_new_head=True)
+    assert report.naming == "detector"
+    assert {*report.missing} == {*HEAD, "cls_token"}
+    assert {*report.loaded} | {*report.missing} == set(classifier.state_dict())
+    start = "pyramid.backbone."
+    assert {*report.unexpected} == {name.removeprefix(start) for name in state} - {*report.loaded}
+    for name in report.loaded:
+        assert torch.equal(classifier.state_dict()[name], state[start + name])
+    assert "8 of rpn" in report.summary()
+    assert "2 of scale2_norm" in report.summary()
 
 
 @pytest.mark.parametrize("prefix", ["backbone.bottom_up.", "bottom_up.", ""])
