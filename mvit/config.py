@@ -220,11 +220,6 @@ class RunConfig(Settings):
                 f"detector.masks = {self.detector.masks}, but detection.masks = {self.detection.masks}: the data and "
                 "the detector must both have masks, or neither; set the two alike"
             )
-        if self.task == "detection" and self.optim.layer_decay < 1:
-            raise ValueError(
-                f"optim.layer_decay = {self.optim.layer_decay:g}: layer-wise rates are not defined for the parts of a "
-                "detector, and no published MViTv2 detector has them; set optim.layer_decay=1"
-            )
         if self.train.precision == "fp16" and self.zero.stage == 0:
             raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")
         return self

@@ -33,7 +33,8 @@ class OptimConfig(Settings):
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Largest global L2 norm of the gradient; 0 does not clip."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Each layer nearer the input learns this factor slower; 1 treats all alike."""
+    """Each layer nearer the input learns this factor slower; 1 treats all alike. A detector's pyramid and heads
+    count as the layer nearest the output, as a classifier's head does (ViTDet)."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the fp32 weights with this decay per step."""
 

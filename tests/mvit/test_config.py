@@ -153,12 +153,6 @@ def test_deepspeed_gets_the_stage_the_precision_and_the_clipping() -> None:
     assert offloaded["zero_optimization"]["offload_param"]["device"] == "cpu"
 
 
-def test_layer_wise_rates_are_refused_for_a_detector_before_anything_starts() -> None:
-    tree = {"name": "x", "task": "detection", "optim": {"layer_decay": 0.8}}
-    with pytest.raises(ConfigError, match=r"optim\.layer_decay = 0\.8: .* set optim\.layer_decay=1"):
-        parse_config(tree)
-
-
 def test_the_resolved_config_is_a_valid_recipe(tmp_path: Path) -> None:
     config = parse_config({"name": "x", "model": {"depths": [1, 1, 1, 1]}})
     assert isinstance(config, RunConfig)

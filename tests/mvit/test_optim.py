@@ -1,11 +1,15 @@
 """Weight decay and learning-rate scales reach exactly the parameters the paper's recipe says."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
 from torch import nn
 
+from mvit.detection.config import DetectionConfig, DetectorKind
+from mvit.detection.detector import create_detector
 from mvit.optim import OptimConfig, build_optimizer, parameter_groups
-from mvit.variants import Variant, create_model
+from mvit.variants import Variant, create_backbone, create_model
 
 TINY = Variant("test", embed_dim=16, depths=(1, 1, 1, 1), num_heads=1)
 
@@ -42,6 +46,31 @@ def test_layer_decay_slows_layers_by_their_distance_from_the_output() -> None:
     assert scale["blocks.3.mlp.fc1.weight"] == 0.5
     assert scale["blocks.0.norm1.weight"] == 0.5**4
     assert scale["patch_embed.proj.weight"] == scale["cls_token"] == scale["pos_embed"] == 0.5**5
+
+
+@pytest.mark.parametrize("kind", get_args(DetectorKind))
+def test_a_detectors_backbone_decays_by_depth_and_its_pyramid_and_heads_learn_at_the_full_rate(kind: Any) -> None:
+    with torch.device("meta"):
+        backbone = create_backbone(TINY, input_size=(32, 32), absolute_positions=True)
+        detector = create_detector(backbone, kind, 3, DetectionConfig(pyramid_norm="layer"))
+        classifier = create_model(TINY, num_classes=3, input_size=(32, 32), absolute_positions=True)
+    config = OptimConfig(layer_decay=0.5, weight_decay=0.1)
+    groups = parameter_groups(detector, config, depth=4)
+    scale = {name: group.lr_scale for group in groups for name in group.parameter_names}
+    decay = {name: group.weight_decay for group in groups for name in group.parameter_names}
+    assert scale.keys() == dict(detector.named_parameters()).keys()
+    start = "pyramid.backbone."
+    of_classifier = {n: g.lr_scale for g in parameter_groups(classifier, config, depth=4) for n in g.parameter_names}
+    within = {name.removeprefix(start): value for name, value in scale.items() if name.startswith(start)}
+    shared = within.keys() & of_classifier.keys()
+    assert {0.5**power for power in range(1, 6)} == {within[name] for name in shared}
+    assert {name: within[name] for name in shared} == {name: of_classifier[name] for name in shared}
+    rest = {name: value for name, value in scale.items() if name.removeprefix(start) not in shared}
+    assert {name.split(".")[0] for name in rest} == {"pyramid", "rpn", "box_heads", "mask_branch"}
+    assert {f"{start}scale{stage}_norm.bias" for stage in (2, 3, 4, 5)} <= rest.keys()
+    assert set(rest.values()) == {1.0}
+    assert all((value > 0) == (detector.get_parameter(name).ndim > 1) for name, value in decay.items())
+    assert len({group.name for group in groups}) == len(groups)
 
 
 def test_frozen_parameters_are_left_out_and_nothing_to_train_is_an_error() -> None:
