@@ -114,7 +114,8 @@ class PackReport:
             )
             lines += [f"    {note}" for note in split.notes]
             if split.missing_classes:
-                lines.append(f"    no sample of: {', '.join(split.missing_classes)}")
+                more = f" … and {len(split.missing_classes) - 10} more" if len(split.missing_classes) > 10 else ""
+                lines.append(f"    no sample of: {', '.join(split.missing_classes[:10])}{more}")
             if split.quarantined:
                 lines.append(f"    left out {len(split.quarantined)} file(s), listed in {MANIFEST}:")
                 lines += [f"      {bad.source}: {bad.reason}" for bad in split.quarantined[:10]]

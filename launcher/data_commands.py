@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ def add_data(group: "argparse._SubParsersAction") -> None:
     pack = add_command(data, "pack", pack_imagefolder, text, example)
     sources = pack.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_imagefolder(sources)
+    _add_imagenet21k(sources)
     _add_digits(sources)
     _add_camera(sources)
     _add_kinetics(sources)
@@ -50,6 +52,18 @@ def _add_imagefolder(sources: "argparse._SubParsersAction") -> None:
         "--layout", choices=("auto", "splits", "classes"), default="auto", help="what SRC's folders are"
     )
     parser.add_argument("--holdout", type=float, default=0.0, metavar="PART", help="part of each class for validation")
+
+
+def _add_imagenet21k(sources: "argparse._SubParsersAction") -> None:
+    example = "mvit data pack imagenet21k winter21_whole data/imagenet21k --imagenet1k imagenet1k/train"
+    text = "pack ImageNet-21K, the winter release of 2021, jointly with ImageNet-1K"
+    parser = add_command(sources, "imagenet21k", pack_imagenet21k, text, example)
+    parser.add_argument("src", metavar="SRC", help="folder of class tars (n01440764.tar) or class folders")
+    _add_output(parser)
+    text = "ImageNet-1K's training set, class tars or folders: for the class that the release lacks"
+    parser.add_argument("--imagenet1k", metavar="DIR", help=text)
+    text = "class names, one a line, in the order of their numbers (ImageNet-1K's, then the others sorted)"
+    parser.add_argument("--classes", metavar="FILE", help=text)
 
 
 def _add_digits(sources: "argparse._SubParsersAction") -> None:
@@ -156,6 +170,28 @@ def pack_imagefolder(args: Namespace) -> int:
             args.src, args.out, layout=args.layout, holdout=args.holdout, options=_options(args), progress=count
         )
     return _tell(report, args.json)
+
+
+def pack_imagenet21k(args: Namespace) -> int:
+    """Pack ImageNet-21K."""
+    from data_pipeline.pack_imagenet21k import pack_imagenet21k
+    from data_pipeline.sources.imagenet21k import PUBLISHED_CLASSES
+    from mvit.progress import counting
+
+    with counting(args.json) as count:
+        report = pack_imagenet21k(
+            args.src,
+            args.out,
+            imagenet1k=args.imagenet1k,
+            classes=args.classes,
+            options=_options(args),
+            progress=count,
+        )
+    code, number = _tell(report, args.json), len(report.class_names)
+    if number != PUBLISHED_CLASSES:
+        told = f"{number} classes, the published head has {PUBLISHED_CLASSES}: train with model.num_classes={number}"
+        print(f"note: {told}", file=sys.stderr)
+    return code
 
 
 def pack_digits(args: Namespace) -> int:

@@ -4,10 +4,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+_NO_MEMBERS: Mapping[str, bytes] = MappingProxyType({})
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)  # there may be 13 million
 class SourceSample:
     """One sample to pack: a file as it is, a part of one, or bytes made by the source."""
 
@@ -23,7 +26,7 @@ class SourceSample:
     content: bytes | None = None
     offset: int | None = None
     """Where the `size` bytes begin in the file, if it holds more (a tar)."""
-    members: Mapping[str, bytes] = field(default_factory=dict)
+    members: Mapping[str, bytes] = field(default_factory=lambda: _NO_MEMBERS)
     """Further members, by extension."""
 
     def read(self) -> bytes:

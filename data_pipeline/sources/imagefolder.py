@@ -47,7 +47,7 @@ def samples(folder: Path, root: Path, labels: dict[str, int], rejected: list[Rej
         if entry.name not in labels or not entry.is_dir():
             rejected.append(Rejected(str(entry.relative_to(root)), "not in a class folder"))
             continue
-        for file in _files(entry):
+        for file in files_below(entry):
             source, extension = str(file.relative_to(root)), file.suffix[1:].lower()
             if not file.is_file():
                 rejected.append(Rejected(source, "not a file (a broken link?)"))
@@ -97,7 +97,7 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yield all files below `folder` in sorted order, following links but no link in a circle."""
     seen: set[str] = set()
     for path, folders, files in os.walk(folder, followlinks=True):

@@ -34,6 +34,7 @@ COMMANDS = [
     ["checkpoint", "diff"],
     ["data", "pack"],
     ["data", "pack", "imagefolder"],
+    ["data", "pack", "imagenet21k"],
     ["data", "pack", "digits"],
     ["data", "pack", "camera"],
     ["data", "pack", "kinetics"],
