@@ -9,6 +9,7 @@ from launcher import checkpoint_commands as checkpoints
 from launcher import commands
 from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_recipe, add_run_dir
 from launcher.data_commands import add_data
+from launcher.plan_command import add_plan
 from launcher.predict_command import add_predict
 from launcher.run_arguments import add_doctor, add_runs
 
@@ -23,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_doctor(group)
     _add_results(group)
     add_predict(group)
+    add_plan(group)
     _add_checkpoints(group)
     _add_prove_resume(group)
     add_data(group)

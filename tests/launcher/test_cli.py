@@ -28,6 +28,7 @@ COMMANDS = [
     ["evaluate"],
     ["export"],
     ["predict"],
+    ["plan"],
     ["checkpoint", "list"],
     ["checkpoint", "verify"],
     ["checkpoint", "prune"],
