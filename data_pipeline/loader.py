@@ -4,6 +4,8 @@ Workers are stateless: the parent tells them which sample ids to read, so the wh
 global steps done, and neither the number of workers nor their prefetching can change what a step sees.
 """
 
+import logging
+import time
 from collections.abc import Generator, Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 
+from data_pipeline.ahead import FetchAhead, evaluation_needs, training_needs
+from data_pipeline.download import FetchCounts
 from data_pipeline.helper_signals import signals_held
 from data_pipeline.order import Stream, chunk_positions
 from data_pipeline.reads import (
@@ -24,9 +28,14 @@ from data_pipeline.reads import (
     TrainingReads,
     Transform,
 )
+from data_pipeline.remote import STREAMS
 from data_pipeline.settings import Settings
 from data_pipeline.shards import ShardSet
 from data_pipeline.workers import preload_workers, start_worker
+
+logger = logging.getLogger(__name__)
+
+_TELL_EVERY_S = 60.0
 
 
 class DataConfig(Settings):
@@ -38,6 +47,8 @@ class DataConfig(Settings):
     """Evaluation shards, given like `train`."""
     cache_dir: Path | None = None
     """Node-local folder for copies of remote shards and for indexes of shards in read-only folders."""
+    cache_gib: float | None = Field(default=None, gt=0)
+    """Most that the copies there take together (GiB); None: what the disk has, but for 5 %."""
     num_workers: int = Field(default=8, ge=0)
     """Decoding processes per rank (8 a GPU in the published training); 0 decodes in the training process."""
     prefetch: int = Field(default=4, ge=1)
@@ -124,6 +135,10 @@ class TrainLoader:
         self.accumulation_steps = global_batch_size // (micro_batch_size * world_size)
         self.rank, self.world_size = rank, world_size
         self.stream = Stream(shards.shard_sizes, seed, config.shuffle_window, repeats)
+        shards.check_cache(config.shuffle_window)
+        self.fetched = FetchCounts()
+        """What remote shards have cost this rank and its workers so far."""
+        self._ahead: FetchAhead | None = None
         self._reads = TrainingReads(shards, transform, self.stream)
         self._collate = collate
         self._bad = BadSamples(config.max_bad_samples)
@@ -134,6 +149,13 @@ class TrainLoader:
         """Distinct undecodable samples this rank has replaced so far."""
         return len(self._bad.seen)
 
+    def remote_figures(self) -> dict[str, float]:
+        """Return what remote shards have cost this rank so far, for the log; nothing if none is remote."""
+        if not any(self.shards.remote):
+            return {}
+        ours = self.fetched
+        return {"fetched_gib": ours.num_bytes / 2**30, "fetch_retries": ours.retries, "fetch_wait_s": ours.wait_s}
+
     def start(self, step: int = 0) -> Iterator[Any]:
         """Return this rank's endless batches; the first is accumulation 0 of global step `step` (0, 1, …).
 
@@ -141,20 +163,36 @@ class TrainLoader:
         """
         self.close()
         loader = _make_loader(self._reads, _ChunkSampler(self, step), self._collate, self.config, False)
+        if any(self.shards.remote):
+            needs = training_needs(self.shards, self.stream, step * self.global_batch_size)
+            self._ahead = FetchAhead(
+                self.shards, needs, self.shards.ahead_bytes(), max(3 * self.config.shuffle_window, 4 * STREAMS)
+            )
         with signals_held():
             iterator = iter(loader)
-        self._running = self._batches(iterator)
+        self._running = self._batches(iterator, step)
         next(self._running)  # runs up to the bare yield: from here on `close` reaches the workers
         return self._running
 
-    def _batches(self, iterator: Iterator[Loaded]) -> Generator[Any, None, None]:
+    def _batches(self, iterator: Iterator[Loaded], step: int) -> Generator[Any, None, None]:
         yield None
-        for loaded in iterator:
+        told, shown = time.monotonic(), str(self.fetched)
+        for number, loaded in enumerate(iterator):
             self._bad.add(loaded.bad)
+            if self._ahead is not None and self.shards.cache is not None:
+                self._ahead.advance((step + number // self.accumulation_steps) * self.global_batch_size)
+                self.fetched.add(loaded.fetched)
+                self.fetched.add(self.shards.cache.take_counts())  # those of the threads that fetch ahead
+                if time.monotonic() - told > _TELL_EVERY_S and str(self.fetched) != shown:
+                    told, shown = time.monotonic(), str(self.fetched)
+                    logger.info("Remote shards, this rank so far: %s", shown)
             yield loaded.batch
 
     def close(self) -> None:
         """Stop the workers of the running stream, if any."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -217,6 +255,8 @@ class EvaluationLoader:
         self._collate = collate
         self._bad = BadSamples(config.max_bad_samples)
         self._loader: DataLoader | None = None
+        self.fetched = FetchCounts()
+        """What remote shards have cost this rank and its workers so far."""
 
     def __len__(self) -> int:
         return -(-len(self.shards) // (self.batch_size * self.world_size))
@@ -234,11 +274,23 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Any]:
         if self._loader is None:
             self._loader = _make_loader(self._reads, self._id_lists(), self._collate, self.config, True)
-        with signals_held():
-            iterator = iter(self._loader)
-        for loaded in iterator:
-            self._bad.add(loaded.bad)
-            yield loaded.batch
+        ahead = None
+        if any(self.shards.remote):
+            spare = self.shards.spare_bytes()
+            ahead = FetchAhead(self.shards, evaluation_needs(self.shards), spare, 4 * STREAMS)
+        try:
+            with signals_held():
+                iterator = iter(self._loader)
+            for number, loaded in enumerate(iterator):
+                self._bad.add(loaded.bad)
+                if ahead is not None and self.shards.cache is not None:
+                    ahead.advance(number * self.batch_size * self.world_size)
+                    self.fetched.add(loaded.fetched)
+                    self.fetched.add(self.shards.cache.take_counts())
+                yield loaded.batch
+        finally:
+            if ahead is not None:
+                ahead.close()
 
     def close(self) -> None:
         """Stop the workers, which otherwise stay for the next evaluation."""

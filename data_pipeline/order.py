@@ -52,6 +52,15 @@ class EpochOrder:
         """Return the number of the group of shards that a place of the epoch lies in."""
         return (int(np.searchsorted(self._ends, place, side="right")) - 1) // self._window
 
+    @property
+    def num_groups(self) -> int:
+        """How many groups of shards there are."""
+        return -(-len(self.shards) // self._window)
+
+    def group_end(self, group: int) -> int:
+        """Return the place after the last of a group."""
+        return int(self._ends[min((group + 1) * self._window, len(self.shards))])
+
     def group_shards(self, group: int) -> list[int]:
         """Return the shards of a group."""
         return self.shards[group * self._window : (group + 1) * self._window].tolist()
@@ -97,7 +106,7 @@ def epoch_order(shard_sizes: Sequence[int] | np.ndarray, seed: int, epoch: int, 
     order = EpochOrder(shard_sizes, seed, epoch, window)
     whole = np.empty(len(order), dtype=np.int64)
     start = 0
-    for group in range(-(-len(order.shards) // window)):
+    for group in range(order.num_groups):
         ids = order.ids(group)
         whole[start : start + len(ids)] = ids
         start += len(ids)
@@ -147,8 +156,12 @@ class Stream:
         """Return `epoch`'s permutation."""
         if epoch not in self._orders:
             kept = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders = kept | {epoch: EpochOrder(self.shard_sizes, self.seed, epoch, self.window)}
+            self._orders = kept | {epoch: self.new_order(epoch)}
         return self._orders[epoch]
+
+    def new_order(self, epoch: int) -> EpochOrder:
+        """Return `epoch`'s permutation anew, for another thread."""
+        return EpochOrder(self.shard_sizes, self.seed, epoch, self.window)
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return (epoch, sample id) of a stream position."""

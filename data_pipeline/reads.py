@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch.utils.data import Dataset
 
 from data_pipeline.decode import DecodeError
+from data_pipeline.download import FetchCounts
 from data_pipeline.order import Stream
 from data_pipeline.shards import ShardSet
 
@@ -34,11 +35,21 @@ class Item(NamedTuple):
     weight: float
 
 
+class Read(NamedTuple):
+    """What was read for one batch."""
+
+    items: list[Item]
+    bad: list[BadSample]
+    fetched: FetchCounts | None
+
+
 class Loaded(NamedTuple):
-    """What a worker hands over: a batch, and the undecodable samples met while making it."""
+    """What a worker hands over: a batch, and what happened while making it."""
 
     batch: Any
     bad: tuple[BadSample, ...]
+    fetched: FetchCounts | None = None
+    """What the worker has fetched and waited for remote shards since its last batch; None if none is remote."""
 
 
 class Transform(Protocol):
@@ -60,9 +71,9 @@ class TrainingReads(Dataset):
     def __init__(self, shards: ShardSet, transform: Transform, stream: Stream) -> None:
         self.shards, self.transform, self.stream = shards, transform, stream
 
-    def __getitems__(self, draws: list[tuple[int, int, int]]) -> tuple[list[Item], list[BadSample]]:
+    def __getitems__(self, draws: list[tuple[int, int, int]]) -> Read:
         bad: list[BadSample] = []
-        return [self._read(*draw, bad) for draw in draws], bad
+        return Read([self._read(*draw, bad) for draw in draws], bad, self.shards.take_counts())
 
     def _read(self, position: int, epoch: int, sample_id: int, bad: list[BadSample]) -> Item:
         chosen, seed = sample_id, self.stream.augmentation_seed(position, epoch, sample_id)
@@ -82,9 +93,9 @@ class EvaluationReads(Dataset):
     def __init__(self, shards: ShardSet, transform: Transform) -> None:
         self.shards, self.transform = shards, transform
 
-    def __getitems__(self, ids: list[int]) -> tuple[list[Item], list[BadSample]]:
+    def __getitems__(self, ids: list[int]) -> Read:
         bad: list[BadSample] = []
-        return [self._read(sample_id, bad) for sample_id in ids], bad
+        return Read([self._read(sample_id, bad) for sample_id in ids], bad, self.shards.take_counts())
 
     def _read(self, sample_id: int, bad: list[BadSample]) -> Item:
         if sample_id >= 0:
@@ -103,8 +114,8 @@ class CollateWithBad:
         self.collate = collate
 
     def __call__(self, read: Any) -> Loaded:
-        items, bad = read  # what __getitems__ returned; torch's types only know a list of samples
-        return Loaded(self.collate(items), tuple(bad))
+        # what __getitems__ returned; torch's types only know a list of samples
+        return Loaded(self.collate(read.items), tuple(read.bad), read.fetched)
 
 
 class BadSamples:

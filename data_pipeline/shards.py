@@ -5,27 +5,37 @@ agrees. What is wrong is named before training starts.
 """
 
 import copy
-import glob
 import hashlib
 import json
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.cache import fetch, is_remote
+from data_pipeline.cache import GIB, ShardCache, hold, let_go
 from data_pipeline.decode import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from data_pipeline.download import FetchCounts, Remote
+from data_pipeline.manifest import MANIFEST, read_manifest
+from data_pipeline.naming import check_presence, expand_braces, first_shard, local_shards
+from data_pipeline.remote import remote_heads, remote_shards
 from data_pipeline.shard_index import IndexHead, ShardIndex, find_index, load_index
 from data_pipeline.tar_scan import ShardError
+from data_pipeline.transfer import is_remote
 
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "ShardError", "ShardSet", "check_presence", "first_shard", "open_shards", "read_manifest"]
+
+logger = logging.getLogger(__name__)
+
 REQUIRED_FOR_CLASSIFICATION: tuple[tuple[str, ...], ...] = (IMAGE_EXTENSIONS, (LABEL_EXTENSION,))
 """What an image classification sample must have: one of the picture extensions, and a label."""
 
 _MAX_OPEN = 64
+_AHEAD_PART = 0.75
+"""Part of the cache for training shards that are in use or copied ahead; the rest is for what evaluation reads."""
 
 
 class ShardSet:
@@ -37,6 +47,9 @@ class ShardSet:
         indexes: Sequence[str],
         heads: Sequence[IndexHead],
         manifests: Sequence[dict[str, Any]],
+        remote: Sequence[Remote | None] = (),
+        cache: ShardCache | None = None,
+        required: Sequence[Sequence[str]] = (),
     ) -> None:
         self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()  # first: __del__ follows any error below
         self.paths = tuple(paths)
@@ -51,6 +64,10 @@ class ShardSet:
         self._labels = [label for head in heads for label in (head.lowest_label, head.highest_label)]
         self._ends = np.cumsum(self.shard_sizes)
         self._chosen: np.ndarray | None = None
+        self.remote = tuple(remote) or (None,) * len(paths)
+        """For each shard where it is copied from, None for those that are read where they lie."""
+        self.cache = cache
+        self._required = required
 
     def __len__(self) -> int:
         return int(self.shard_sizes.sum())
@@ -75,7 +92,7 @@ class ShardSet:
     def key(self, sample: int) -> str:
         """Return "shard-000003.tar/000123", for messages."""
         shard, place = self._locate(sample)
-        return f"{self.names[shard]}/{self._opened(shard)[1].key(place)}"
+        return f"{self.names[shard]}/{self._index(shard).key(place)}"
 
     def read(self, sample: int, only: Container[str] | None = None) -> dict[str, bytes]:
         """Return a sample's members by extension, or of them `only` some.
@@ -84,19 +101,26 @@ class ShardSet:
         """
         shard, place = self._locate(sample)
         file, index = self._opened(shard)
-        members = {}
-        for extension, offset, size in index.members(place):
-            if only is None or extension in only:
-                members[extension] = _read_fully(file, offset, size, self.paths[shard])
-        return members
+        try:
+            members = {}
+            for extension, offset, size in index.members(place):
+                if only is None or extension in only:
+                    members[extension] = _read_fully(file, offset, size, self.paths[shard])
+            return members
+        finally:
+            if self.remote[shard] is not None:
+                let_go(file)
 
     def label(self, sample: int) -> int:
         """Return a sample's class label from the index, without reading the shard."""
         shard, place = self._locate(sample)
-        return int(self._opened(shard)[1].labels[place])
+        return int(self._index(shard).labels[place])
 
     def check_labels(self, num_classes: int) -> None:
         """Raise ValueError naming a sample whose label is not in 0 … num_classes-1."""
+        listed = max((len(manifest["class_names"]) for manifest in self.manifests), default=0)
+        if any(self.remote) and listed > num_classes:  # of a shard not fetched yet there is only the manifest's word
+            raise ValueError(f"The shards have {listed} classes, but the model has {num_classes}: set num_classes.")
         for shard, found in enumerate(self._labels):
             if found is not None and not 0 <= found[0] < num_classes:
                 name = self.names[shard // 2]
@@ -113,19 +137,80 @@ class ShardSet:
         shard = int(np.searchsorted(self._ends, sample, side="right"))
         return shard, int(sample - (self._ends[shard - 1] if shard else 0))
 
+    def _index(self, shard: int) -> ShardIndex:
+        if shard not in self._open:
+            file, _ = self._opened(shard)
+            if self.remote[shard] is not None:
+                let_go(file)
+        return self._open[shard][1]
+
     def _opened(self, shard: int) -> tuple[int, ShardIndex]:
-        """Return (file descriptor, index) of a shard, keeping the most recently used ones open."""
+        """Return (file descriptor, index) of a shard, keeping the most recently used ones open.
+
+        A copy of a remote shard is fetched if it is not here, and is held: nobody may remove it until `let_go`.
+        """
+        remote = self.remote[shard]
         if shard in self._open:
             self._open.move_to_end(shard)
-            return self._open[shard]
-        file = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        if os.fstat(file).st_size != self._bytes[shard]:
+            if remote is None or hold(self._open[shard][0]):
+                return self._open[shard]
+            os.close(self._open.pop(shard)[0])
+        if remote is None:
+            file, place = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC), self._indexes[shard]
+        else:
+            assert self.cache is not None
+            pinned = self.cache.pin(remote)
+            assert pinned is not None
+            file, place = pinned
+        try:
+            if os.fstat(file).st_size != self._bytes[shard]:
+                raise ShardError(
+                    f"Shard {self.paths[shard]} has changed since this run opened it; start the run again."
+                )
+            index = load_index(place)
+            if remote is not None:
+                check_members(remote.url, index.head, self._required)
+        except BaseException:
             os.close(file)
-            raise ShardError(f"Shard {self.paths[shard]} has changed since this run opened it; start the run again.")
-        self._open[shard] = file, load_index(self._indexes[shard])
+            raise
+        self._open[shard] = file, index
         if len(self._open) > _MAX_OPEN:
             os.close(self._open.popitem(last=False)[1][0])
         return self._open[shard]
+
+    def take_counts(self) -> FetchCounts | None:
+        """Return what this process has fetched since it was last asked; None if no shard is remote."""
+        return None if self.cache is None else self.cache.take_counts()
+
+    def ahead_bytes(self) -> int:
+        """Return how many bytes of remote shards training may hold at a time."""
+        return 0 if self.cache is None else int(_AHEAD_PART * self.cache.limit())
+
+    def spare_bytes(self) -> int:
+        """Return how many bytes of remote shards evaluation may hold beside them: readers need the rest."""
+        return 0 if self.cache is None else int((1 - _AHEAD_PART) / 2 * self.cache.limit())
+
+    def copy_bytes(self, shard: int) -> int:
+        """Return what the copy of a remote shard and its index take, about."""
+        return self._bytes[shard] + 128 * int(self.shard_sizes[shard]) + 4096
+
+    def check_cache(self, window: int) -> None:
+        """Raise ShardError unless the cache holds the remote shards of two windows of `window`, or all of them."""
+        sizes = [self.copy_bytes(shard) for shard, remote in enumerate(self.remote) if remote is not None]
+        sizes.sort(reverse=True)
+        if self.cache is None or not sizes:
+            return
+        # Where one window ends and the next begins, samples of both are on their way.
+        least, limit = sum(sizes[: 2 * window]) / _AHEAD_PART, self.cache.limit()
+        if limit < min(least, sum(sizes) / _AHEAD_PART):
+            said = f"data.cache_gib = {self.cache.limit_gib}"
+            if self.cache.limit_gib is None:
+                said = f"data.cache_dir {self.cache.folder} has {limit / GIB:.3g} GiB to spare"
+            raise ShardError(
+                f"{said}: training mixes data.shuffle_window = {window} shards and holds two such windows, which takes "
+                f"{least / GIB:.3g} GiB (of {sum(sizes) / GIB:.3g}); give it that, lower data.shuffle_window, or pack "
+                "smaller shards."
+            )
 
     def close(self) -> None:
         """Close the open shard files; reading opens them again."""
@@ -143,20 +228,33 @@ def open_shards(
     spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     cache_dir: Path | None = None,
+    cache_gib: float | None = None,
     required: Sequence[Sequence[str]] = REQUIRED_FOR_CLASSIFICATION,
 ) -> ShardSet:
     """Open shards for reading: scan (or find) their indexes and check that all is there.
 
-    `spec` is a packed folder, a folder of tars, a tar, a brace or glob pattern, a URL of a scheme webdataset
-    knows ("pipe:…" included; copied whole into `cache_dir`), or a list of these. `required`: every sample must
-    have one member of each group. Raises ShardError naming shard, offset or sample, and the way out.
+    `spec` is a packed folder, a folder of tars, a tar, a brace or glob pattern, the same as a URL, "pipe:COMMAND", or a
+    list of these. Remote shards are fetched when they are read, into `cache_dir`, of at most `cache_gib`. `required`:
+    every sample must have one member of each group. Raises ShardError naming shard, offset or sample, and the way out.
     """
     specs = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
     paths: list[str] = []
+    remote: list[Remote | None] = []
     manifests: list[dict[str, Any]] = []
     expected: dict[str, dict[str, Any]] = {}
-    for one in specs:
-        found, manifest = _resolve(os.fspath(one), cache_dir)
+    cache = None if cache_dir is None else ShardCache(cache_dir, cache_gib)
+    for one in [os.fspath(one) for one in specs]:
+        if is_remote(one):
+            if cache is None:
+                raise ShardError(
+                    f"Shard {one} is remote and needs a copy here: set data.cache_dir to a folder on a local disk."
+                )
+            shards, manifest = remote_shards(one, expand_braces(one))
+            found = [str(cache.path(shard)) for shard in shards]
+            remote += shards
+        else:
+            found, manifest = local_shards(one)
+            remote += [None] * len(found)
         paths += found
         if manifest is not None:
             manifests.append(manifest)
@@ -166,111 +264,32 @@ def open_shards(
     repeated = sorted({path for path in paths if paths.count(path) > 1}) if len(set(paths)) < len(paths) else []
     if repeated:
         raise ShardError(f"Shard {repeated[0]} is listed more than once; its samples would count twice an epoch.")
-    found = _find_indexes(paths, cache_dir)
-    for path, (_, head) in zip(paths, found, strict=True):
-        check_members(path, head, required)
+    indexes, heads = _indexes_and_heads(paths, remote, cache)
+    for path, head, far in zip(paths, heads, remote, strict=True):
+        if far is None or head.num_members:  # else it is known from its manifest alone, and looked at when it is here
+            check_members(path, head, required)
         if path in expected:
             _check_manifest_entry(path, head, expected[path])
-    all_packed = len(manifests) == len(specs)
-    return ShardSet(paths, [index for index, _ in found], [head for _, head in found], manifests if all_packed else [])
+    all_packed = manifests if len(manifests) == len(specs) else []
+    return ShardSet(paths, indexes, heads, all_packed, remote, cache if any(remote) else None, required)
 
 
-def check_presence(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
-    """Raise ShardError if a local shard that `spec` names does not exist or is not as long as its manifest says.
-
-    Opens no shard and fetches nothing.
-    """
-    for one in [spec] if isinstance(spec, str | os.PathLike) else list(spec):
-        if is_remote(os.fspath(one)):
-            continue
-        paths, manifest = _resolve(os.fspath(one), None)
-        for path, entry in zip(paths, manifest["shards"] if manifest else [], strict=manifest is not None):
-            size = os.path.getsize(path)
-            if size != entry["bytes"]:
-                raise ShardError(f"{path} has {size} bytes, its manifest says {entry['bytes']}; copy or pack it again.")
-
-
-def first_shard(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str | None:
-    """Return the path of the first shard that `spec` names, None if it is remote; raises ShardError for none."""
-    first = os.fspath(spec) if isinstance(spec, str | os.PathLike) else os.fspath(spec[0])
-    return None if is_remote(first) else _resolve(first, None)[0][0]
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest of a packed folder, None if it has none. Raises ShardError if it cannot be read."""
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        entries = [(e["name"] + e["sha256"], e["samples"] + e["bytes"]) for e in manifest["shards"]]
-        names = [str(name) for name in manifest["class_names"]]
-        _ = manifest["counts"].items(), manifest["sources"]["name"] + manifest["sources"]["sha256"]
-        version = manifest["format_version"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(
-            f"{path} is damaged ({error!r}); pack the data again, or delete it to read the bare tars."
-        ) from error
-    if version != 1 or not entries or not names:
-        raise ShardError(f"{path}: format_version {version}, {len(entries)} shards; this version reads 1 with some.")
-    return manifest
-
-
-def _resolve(spec: str, cache_dir: Path | None) -> tuple[list[str], dict[str, Any] | None]:
-    """Return the local paths that one entry of the spec stands for, and the manifest if it is a packed folder."""
-    if is_remote(spec):
-        return [fetch(url, cache_dir, _open_url) for url in _expand_braces(spec)], None
-    spec = spec.removeprefix("file://").removeprefix("file:")
-    if os.path.isdir(spec):
-        manifest = read_manifest(spec)
-        if manifest is not None:
-            paths = [os.path.join(spec, entry["name"]) for entry in manifest["shards"]]
-            return _existing(paths, f"listed in {os.path.join(spec, MANIFEST)}"), manifest
-        paths = sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
-        if not paths:
-            packed = sorted(p.parent.name for p in Path(spec).glob(f"*/{MANIFEST}"))
-            hint = f" Name one of its packed folders: {', '.join(packed)}." if packed else ""
-            raise ShardError(f"Folder {spec} holds no .tar shard.{hint}")
-        return paths, None
-    paths = []
-    for pattern in [spec] if os.path.exists(spec) else _expand_braces(spec):
-        if os.path.exists(pattern) or not glob.has_magic(pattern):
-            paths.append(pattern)
-        else:
-            paths += sorted(glob.glob(pattern))
-    if not paths:
-        raise ShardError(f"No shard matches {spec}.")
-    return _existing(paths, f"from {spec}"), None
-
-
-def _existing(paths: list[str], origin: str) -> list[str]:
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ShardError(f"{len(missing)} of {len(paths)} shards ({origin}) do not exist, the first: {missing[0]}.")
-    return paths
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    if "{" not in pattern:
-        return [pattern]
-    from webdataset.shardlists import expand_urls
-
-    return list(expand_urls(pattern))
-
-
-def _open_url(url: str) -> IO[bytes]:
-    from webdataset.gopen import gopen, gopen_schemes
-
-    scheme = url.split(":", 1)[0]
-    if scheme not in gopen_schemes:
-        known = ", ".join(sorted(set(gopen_schemes) - {"__default__"}))
-        raise ValueError(f"no reader for {scheme}: (known: {known}); use a command, e.g. pipe:aws s3 cp {url} -")
-    return cast(IO[bytes], gopen(url, "rb"))  # a Pipe reads and closes like a file
+def _indexes_and_heads(
+    paths: list[str], remote: list[Remote | None], cache: ShardCache | None
+) -> tuple[list[str], list[IndexHead]]:
+    local = [place for place, shard in enumerate(remote) if shard is None]
+    found = dict(zip(local, _find_indexes([paths[place] for place in local], cache and cache.folder), strict=True))
+    far = [(place, shard) for place, shard in enumerate(remote) if shard is not None]
+    if far:
+        assert cache is not None
+        heads = remote_heads([shard for _, shard in far], cache, logger.warning)
+        found |= {place: (f"{paths[place]}.idx", head) for (place, _), head in zip(far, heads, strict=True)}
+    return [found[place][0] for place in range(len(paths))], [found[place][1] for place in range(len(paths))]
 
 
 def _find_indexes(paths: list[str], cache_dir: Path | None) -> list[tuple[str, IndexHead]]:
     """Find or build all indexes; starts at a place of its own, so that ranks opening at once share the scanning."""
-    first = os.getpid() * 7919 % len(paths)
+    first = os.getpid() * 7919 % max(1, len(paths))
     found = {}
     for place in [*range(first, len(paths)), *range(first)]:
         found[place] = find_index(paths[place], cache_dir)

@@ -114,7 +114,8 @@ def _total_steps(config: "RunConfig") -> int:
         if spec is None:
             continue
         try:
-            shards = open_shards(spec, cache_dir=config.data.cache_dir, required=config.required_members)
+            data, required = config.data, config.required_members
+            shards = open_shards(spec, cache_dir=data.cache_dir, cache_gib=data.cache_gib, required=required)
         except (ShardError, OSError) as error:
             raise ProofError(f"data.{key} = {spec}: {error}") from error
         shards.check_labels(config.model.num_classes)

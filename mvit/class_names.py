@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cache import is_remote
 from data_pipeline.shards import read_manifest
 from data_pipeline.sources.video_lists import read_class_names
+from data_pipeline.transfer import is_remote
 from mvit.config import ConfigError, RunConfig
 
 

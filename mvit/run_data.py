@@ -15,7 +15,9 @@ def open_data(config: RunConfig, ranks: RankInfo) -> tuple[ShardSet, ShardSet | 
     def open_all() -> None:
         assert config.data.train is not None
         spec, cache = config.data.train, config.data.cache_dir
-        opened["train"] = open_shards(spec, cache_dir=cache, required=config.required_members)
+        opened["train"] = open_shards(
+            spec, cache_dir=cache, cache_gib=config.data.cache_gib, required=config.required_members
+        )
         check_classes(config, opened["train"])
         if config.task == "detection":
             from data_pipeline.detection import training_samples

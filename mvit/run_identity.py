@@ -16,6 +16,7 @@ _MAY_CHANGE = (
     "data.train",  # the same samples in another place: the data cursor's fingerprint decides
     "data.validation",
     "data.cache_dir",
+    "data.cache_gib",
     "data.num_workers",
     "data.prefetch",
     "data.pin_memory",

@@ -313,6 +313,7 @@ class _Run:
             "grad_norm": float(grad_norm),
             "memory_gib": peak_memory_gib(self.ranks.device),
             "bad_samples": bad,
+            **self.loader.remote_figures(),
             "eta_s": (self.total_steps - step) * rates["step_seconds"],
             "epoch": step * self.config.train.global_batch_size / self.config.epoch_size(len(self.shards)),
             **rates,

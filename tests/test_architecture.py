@@ -32,7 +32,12 @@ FORBIDDEN = {
 HOMES = {
     "deepspeed": ("mvit.engine",),
     "submitit": ("launcher.",),
-    "webdataset": ("data_pipeline.shards", "data_pipeline.pack", "data_pipeline.cache"),
+    "webdataset": (
+        "data_pipeline.naming",
+        "data_pipeline.pack",
+        "data_pipeline.transfer",
+        "data_pipeline.benchmark_peers",
+    ),
     "tensorboard": ("mvit.metrics",),
 }
 
