@@ -201,7 +201,8 @@ def bench_data(args: Namespace) -> int:
     recipe = mvit.load_config(args.recipe, args.overrides)
     if recipe.data.train is None:
         raise ValueError("data.train is not set: name the shards to read, data.train=shards/train")
-    shards = open_shards(recipe.data.train, cache_dir=recipe.data.cache_dir, required=recipe.required_members)
+    data, required = recipe.data, recipe.required_members
+    shards = open_shards(recipe.data.train, cache_dir=data.cache_dir, cache_gib=data.cache_gib, required=required)
     if recipe.task == "video_classification":
         from data_pipeline.benchmark_video import clip_pipelines
 

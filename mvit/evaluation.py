@@ -27,7 +27,7 @@ def open_validation(config: RunConfig) -> ShardSet:
     if config.data.validation is None:
         raise ConfigError("data.validation = None: evaluation needs shards; set it to a packed folder or a pattern")
     spec, cache = config.data.validation, config.data.cache_dir
-    shards = open_shards(spec, cache_dir=cache, required=config.required_members)
+    shards = open_shards(spec, cache_dir=cache, cache_gib=config.data.cache_gib, required=config.required_members)
     check_classes(config, shards)
     return shards
 

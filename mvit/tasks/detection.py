@@ -101,7 +101,12 @@ class Detection:
         del device
         data = self._config.data
         assert data.validation is not None
-        shards = open_shards(data.validation, cache_dir=data.cache_dir, required=self._config.required_members)
+        shards = open_shards(
+            data.validation,
+            cache_dir=data.cache_dir,
+            cache_gib=data.cache_gib,
+            required=self._config.required_members,
+        )
         return CocoMetric(lambda: ground_truth(shards), max_missing=data.max_bad_samples)
 
     def preview(self, batch: DetectionBatch, *, seed: int, limit: int) -> Tensor:
