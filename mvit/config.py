@@ -24,6 +24,7 @@ from data_pipeline.shards import REQUIRED_FOR_CLASSIFICATION
 from data_pipeline.video import VIDEO_MEMBERS, VideoConfig
 from mvit.detection.config import DetectorConfig
 from mvit.model.attention import AttentionForm
+from mvit.model.block import DropPathMode
 from mvit.model.inflation import Inflation
 from mvit.optim import OptimConfig
 from mvit.schedule import ScheduleConfig
@@ -57,6 +58,8 @@ class ModelConfig(Settings):
     """Where channels grow; null as published (large in the MLP, the others in attention)."""
     drop_path: float | tuple[float, float, float, float] = 0.0
     """Stochastic depth, linear from 0 to this rate over the blocks, or one rate per stage."""
+    drop_path_mode: DropPathMode = "auto"
+    """mask: dropped samples are computed, then zeroed; skip: not computed; auto: skip on a CPU."""
     head_dropout: float = Field(default=0.0, ge=0, lt=1)
     absolute_positions: bool = False
     relative_positions: bool = True

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from mvit.model.attention import AttentionForm
-from mvit.model.backbone import NUM_STAGES, AbsolutePositions, Expand, MViT, RelativePositions
+from mvit.model.backbone import NUM_STAGES, AbsolutePositions, Expand, MViT, RelativePositions, set_drop_path_mode
+from mvit.model.block import DropPathMode
 from mvit.model.heads import READOUTS, Readout
 from mvit.model.inflation import Inflation
 from mvit.model.pyramid import StagePyramid
@@ -81,6 +82,7 @@ def create_model(
     kv_stride: int | None = None,
     head_dropout: float = 0.0,
     attention_form: AttentionForm = "auto",
+    drop_path_mode: DropPathMode = "auto",
     inflation: Inflation = "centre",
 ) -> MViT:
     """Build an MViTv2 classifier: (B, 3, H, W) or (B, 3, T, H, W) floats → (B, num_classes) logits.
@@ -98,6 +100,8 @@ def create_model(
         relative_positions, absolute_positions, residual_pooling, kv_stride: the paper's ablations (Tables 4, 6, 7,
             A.6); kv_stride None: 4 for images, 8 for clips.
         attention_form: how attention is computed, never what: see `MViT.set_attention_form`.
+        drop_path_mode: how samples are dropped, never how often: "mask" computes and zeroes them, "skip" leaves them
+            out of the branch's batch (needs no device synchronisation, but batches vary), "auto": "skip" on the CPU.
 
     Raises ValueError, naming the argument and what it may be.
     """
@@ -145,6 +149,7 @@ def create_model(
         variant=variant.name,
     )
     model.set_attention_form(attention_form)
+    set_drop_path_mode(model, drop_path_mode)
     if weights is not None:
         load_weights(model, weights, allow_new_head=allow_new_head, inflation=inflation)
     return model
@@ -166,6 +171,7 @@ def create_backbone(
     qkv_bias: bool = True,
     kv_stride: int = 4,
     attention_form: AttentionForm = "auto",
+    drop_path_mode: DropPathMode = "auto",
 ) -> StagePyramid:
     """Build an MViTv2 backbone: (B, 3, H, W), any H, W → {"scale2": (B, C, H/4, W/4), … "scale5": (B, 8C, H/32, W/32)}.
 
@@ -219,6 +225,7 @@ def create_backbone(
         variant=variant.name,
     )
     backbone.set_attention_form(attention_form)
+    set_drop_path_mode(backbone, drop_path_mode)
     if weights is not None:
         load_weights(backbone, weights)
     return backbone

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvit.model.attention import ATTENTION_FORMS, AXES, LAYER_NORM_EPS, PoolingAttention
-from mvit.model.block import Block
+from mvit.model.block import DROP_PATH_MODES, Block, DropPath
 from mvit.model.heads import ClassificationHead, Readout, read_out
 from mvit.model.positions import resize_absolute
 from mvit.model.window import Window
@@ -207,6 +207,15 @@ def set_attention_form(model: nn.Module, form: str) -> None:
     for module in model.modules():
         if isinstance(module, PoolingAttention):
             module.form = form
+
+
+def set_drop_path_mode(model: nn.Module, mode: str) -> None:
+    """Set how every drop path of a model drops; raise ValueError for an unknown mode."""
+    if mode not in DROP_PATH_MODES:
+        raise ValueError(f"unknown drop path mode {mode!r}; choose from {list(DROP_PATH_MODES)}")
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.mode = mode
 
 
 def build_blocks(

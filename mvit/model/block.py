@@ -1,5 +1,8 @@
 """One transformer block: pooling attention, MLP, the skip that pools with them, drop path."""
 
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +14,43 @@ from mvit.model.linear import Linear
 # T, H, W the token grid.
 
 
+DropPathMode = Literal["auto", "mask", "skip"]
+"""How drop path drops a sample's branch, never how often: "mask" computes it and multiplies by 0, "skip" leaves it out
+of the branch's batch, "auto" chooses by device."""
+DROP_PATH_MODES: tuple[str, ...] = get_args(DropPathMode)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The samples of a batch whose residual branch is computed."""
+
+    samples: Tensor | None
+    """Indices (n,) on the batch's device; None: all of them."""
+    scale: float
+    """What their branch is multiplied by: 1 / (1 - rate), or 0 for the one that stands in where all were dropped."""
+
+    def select(self, x: Tensor) -> Tensor:
+        """Return these samples of (B, L, C)."""
+        return x if self.samples is None else x.index_select(0, self.samples)
+
+    def add(self, skip: Tensor, branch: Tensor) -> Tensor:
+        """Add the branch (n, L, C) of these samples to the skip connection (B, L, C)."""
+        if self.samples is None:
+            return torch.add(skip, branch, alpha=self.scale)
+        # index_add wants one dtype; under autocast the two may differ, and + would give the wider
+        dtype = torch.promote_types(skip.dtype, branch.dtype)
+        return skip.to(dtype).index_add(0, self.samples, branch.to(dtype), alpha=self.scale)
+
+
 class DropPath(nn.Module):
     """Zero a residual branch of single samples with probability `rate`, scaling the kept ones (stochastic depth).
 
-    The branch is always computed: a block skipped conditionally would leave stale gradients under ZeRO-3.
+    A block does so by `draw`, so that the dropped samples cost nothing, or where that gives None by calling this
+    module, which multiplies. The two drop the same samples for the same random numbers. A branch is never skipped for
+    the whole batch: ZeRO-3 would go on with the gradients of an earlier step.
     """
+
+    mode: str = "auto"  # one of DROP_PATH_MODES
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -27,6 +62,29 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         mask = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
         return x * (mask / keep)
+
+    def draw(self, x: Tensor) -> Kept | None:
+        """Draw which samples of `x` (B, …) keep their branch; None: all are computed, and `forward` drops.
+
+        The numbers are drawn on the host, since an accelerator would have to be waited for to learn how many samples
+        are left. Each sample is kept by itself, as ever; DINOv2's subset of fixed size ties them to each other.
+        """
+        if not self.training or self.rate == 0.0 or not self._skips(x):
+            return None
+        keep = 1.0 - self.rate
+        mask = torch.empty(x.shape[0], 1, 1).bernoulli_(keep)
+        samples = mask.flatten().nonzero().flatten()
+        if len(samples) == x.shape[0]:
+            return Kept(None, 1.0 / keep)
+        if len(samples) == 0:
+            return Kept(torch.zeros(1, dtype=torch.int64, device=x.device), 0.0)
+        return Kept(samples.to(x.device, non_blocking=True), 1.0 / keep)
+
+    def _skips(self, x: Tensor) -> bool:
+        """Tell whether to compute kept samples only: measured on the CPU; a compiled graph wants one batch size."""
+        if torch.compiler.is_compiling() or self.mode == "mask":
+            return False
+        return self.mode == "skip" or x.device.type == "cpu"
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3g}"
@@ -61,14 +119,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """(B, L, dim) on `grid` → (B, L', dim_out) on the grid pooled by the query stride."""
-        y = self.norm1(x)
-        attended, new_grid = self.attn(y, grid)
         # Where channels grow the skip starts from the *normalised* input, elsewhere from the raw one (as published)
-        skip = self.proj(y) if self.proj is not None and self.expand_in_attention else x
-        x = pool_skip(skip, grid, new_grid) + self.drop_path(attended)
-        y = self.norm2(x)
-        skip = self.proj(y) if self.proj is not None and not self.expand_in_attention else x
-        return skip + self.drop_path(self.mlp(y)), new_grid
+        grows = self.proj is not None and self.expand_in_attention
+        kept = self.drop_path.draw(x)
+        y = self.norm1(x if kept is None or grows else kept.select(x))
+        attended, new_grid = self.attn(kept.select(y) if kept is not None and grows else y, grid)
+        skip = pool_skip(self.proj(y) if self.proj is not None and grows else x, grid, new_grid)
+        x = skip + self.drop_path(attended) if kept is None else kept.add(skip, attended)
+
+        grows = self.proj is not None and not self.expand_in_attention
+        kept = self.drop_path.draw(x)
+        y = self.norm2(x if kept is None or grows else kept.select(x))
+        branch = self.mlp(kept.select(y) if kept is not None and grows else y)
+        skip = self.proj(y) if self.proj is not None and grows else x
+        return (skip + self.drop_path(branch) if kept is None else kept.add(skip, branch)), new_grid
 
 
 def pool_skip(x: Tensor, grid: tuple[int, ...], new_grid: tuple[int, ...]) -> Tensor:

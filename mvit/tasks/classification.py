@@ -31,6 +31,7 @@ def build_classifier(config: RunConfig) -> MViT:
         residual_pooling=model.residual_pooling,
         head_dropout=model.head_dropout,
         attention_form=model.attention_form,
+        drop_path_mode=model.drop_path_mode,
     )
     built.set_activation_checkpointing(config.train.checkpointed_stages)
     return built
