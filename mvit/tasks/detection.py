@@ -46,6 +46,7 @@ class Detection:
             absolute_positions=model.absolute_positions,
             residual_pooling=model.residual_pooling,
             attention_form=model.attention_form,
+            drop_path_mode=model.drop_path_mode,
         )
         backbone.set_activation_checkpointing(self._config.train.checkpointed_stages)
         return create_detector(backbone, options.kind, model.num_classes, options)
