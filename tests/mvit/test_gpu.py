@@ -1,5 +1,6 @@
 """What only a GPU can show: fp16 with its loss scale, NCCL, the fused attention, and resuming there."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import torch
 
 import mvit
 from mvit import distributed
-from mvit.checkpoint_load import whole_weights
+from mvit.checkpoint import checkpoint_path
+from mvit.checkpoint_load import whole_state, whole_weights
 from mvit.checkpoint_save import Contents, Saver
 from mvit.config import parse_config
 from mvit.fragments import MASTER, MOMENTS, Fragment
 from mvit.variants import create_model
+from tests.mvit.test_detection_training import detection_config, shapes
 from tests.mvit.test_training import records, tiny_config
 from tests.ranks import run_distributed
+
+__all__ = ["shapes"]  # a fixture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -59,6 +64,26 @@ def test_a_save_beside_training_holds_what_was_there_when_it_began(alone: distri
     saver.close()
     assert not outcome.error
     assert all(tensor.eq(1.0).all() for _, tensor in whole_weights(outcome.path))
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("mask_rcnn", 1), ("cascade_mask_rcnn", 2), ("cascade_mask_rcnn", 3)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_detector_trains_in_half_precision_on_a_gpu(
+    shapes: Path, tmp_path: Path, kind: str, stage: int, precision: str
+) -> None:
+    heads = {"kind": kind, "box_channels": 8, "box_loss_beta": 0.1}
+    config = detection_config(
+        shapes, tmp_path, detector=heads, zero={"stage": stage}, train={"precision": precision}, optim={"lr": 3e-3}
+    )
+    assert run_distributed(_train, 1, config.model_dump(mode="json")) == [20]
+    logged = records(config.run_dir)
+    assert all(isfinite(record["loss"]) for record in logged)
+    assert sum(record["loss"] for record in logged[-4:]) < sum(record["loss"] for record in logged[:4])
+    if precision == "fp16":
+        # The first scale of 2^16 may be too much for the gradients; it has to come down soon
+        assert logged[-1]["skipped_steps"] < 10
+    for name, tensor in whole_state(checkpoint_path(config.run_dir, 20)):
+        assert tensor.isfinite().all(), name
 
 
 @pytest.mark.parametrize("form", ["fused", "matmul"])
