@@ -81,6 +81,9 @@ class DetectionBatch:
     lie behind one another, which makes one transfer of them: all_boxes (M, 4) float32, XYXY in pixels of the padded
     image; all_labels (M,) int64; all_is_crowd (M,) bool; all_masks (M, H, W) bool, None without masks; num_objects: how
     many of the M are each image's. `boxes`, `labels`, `is_crowd` and `masks` are tuples of one view per image.
+
+    In a test of several views, of which `images` is the first: view_sizes: of each image the (h, w) of every view;
+    all_views: their bytes behind one another, channels last; `views` takes them apart.
     """
 
     images: Tensor
@@ -95,6 +98,8 @@ class DetectionBatch:
     all_labels: Tensor
     all_is_crowd: Tensor
     all_masks: Tensor | None
+    view_sizes: tuple[tuple[tuple[int, int], ...], ...] = ()
+    all_views: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -123,6 +128,16 @@ class DetectionBatch:
     def masks(self) -> tuple[Tensor, ...] | None:
         """Masks (N, H, W) bool of each image's objects, as large as the padded images; None without masks."""
         return None if self.all_masks is None else self.all_masks.split(self.num_objects)
+
+    @property
+    def views(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Views (3, h, w) uint8 of each image in a test of several, without padding; else no image is in here."""
+        if self.all_views is None:
+            return ()
+        sizes = [size for image in self.view_sizes for size in image]
+        parts = self.all_views.split([3 * height * width for height, width in sizes])
+        views = iter([part.view(*size, 3).permute(2, 0, 1) for part, size in zip(parts, sizes, strict=True)])
+        return tuple(tuple(next(views) for _ in image) for image in self.view_sizes)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "DetectionBatch":
         """Return the batch with its tensors on `device`; asynchronous only if the batch is pinned."""

@@ -13,7 +13,7 @@ import torch
 from data_pipeline.annotations import ANNOTATIONS_EXTENSION, DETECTION_MEMBERS, AnnotatedPicture, read_annotations
 from data_pipeline.batch import DetectionBatch
 from data_pipeline.decode import DecodeError, decode_rgb, picture
-from data_pipeline.detection_views import DetectionAugmentConfig, View, evaluation_view, training_view
+from data_pipeline.detection_views import DetectionAugmentConfig, View, evaluation_views, training_view
 from data_pipeline.masks import mask_box, rasterise
 from data_pipeline.reads import Item
 from data_pipeline.shards import ShardSet
@@ -49,14 +49,17 @@ class DetectionExample(NamedTuple):
     image_id: int
     canvas: tuple[int, int] = (0, 0)
     """The least height and width of its batch."""
+    views: tuple[np.ndarray, ...] = ()
+    """The picture at each size of a test of several views, (h, w, 3) uint8; `pixels` is the first."""
 
 
 class DetectionTransform:
     """Turn a sample's members into a `DetectionExample`; a pure function of (members, seed).
 
     `train`: a view drawn from the seed; objects of which nothing is left in it are dropped, the box of one that is cut
-    is that of what is left of its mask. Otherwise the test's view, with all objects, and the seed is ignored. Raises
-    DecodeError for a sample without a readable picture or objects, or without masks where the config wants them.
+    is that of what is left of its mask. Otherwise the config's test with all its views and all objects, and the seed is
+    ignored. Raises DecodeError for a sample without a readable picture or objects, or without masks where the config
+    wants them.
     """
 
     def __init__(self, config: DetectionAugmentConfig, train: bool) -> None:
@@ -70,22 +73,33 @@ class DetectionTransform:
             raise DecodeError(f"the picture is {pixels.shape[:2]} (height, width), its annotations say {size}")
         if self.config.masks and (bare := [a.id for a in annotated.annotations if a.segmentation is None]):
             raise DecodeError(f"{len(bare)} object(s) have no mask, e.g. {bare[0]}; train boxes alone with masks=false")
-        view = training_view(*size, self.config, seed) if self.train else evaluation_view(*size, self.config)
-        return self._seen(pixels, annotated, view)
+        if not self.train:
+            return self._tested(pixels, annotated)
+        return self._seen(pixels, annotated, training_view(*size, self.config, seed))
 
     def unlabelled(self, data: bytes) -> DetectionExample:
         """Turn an encoded picture whose objects are not known into an example as in the test. Raises DecodeError."""
         pixels = decode_rgb(data)
         height, width = pixels.shape[:2]
-        view = evaluation_view(height, width, self.config)
-        return self._seen(pixels, AnnotatedPicture(-1, "", height, width, ()), view)
+        return self._tested(pixels, AnnotatedPicture(-1, "", height, width, ()))
 
     def padding(self) -> DetectionExample:
         """Return the example that fills up an evaluation batch: a picture of one cell without objects."""
         side = self.config.size_divisibility
         masks = np.zeros((0, side, side), bool) if self.config.masks else None
         none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
-        return DetectionExample(np.full((side, side, 3), self.config.fill, np.uint8), *none, masks, (side, side), -1)
+        pixels = np.full((side, side, 3), self.config.fill, np.uint8)
+        views = () if self.train or self.config.num_views == 1 else (pixels,)
+        return DetectionExample(pixels, *none, masks, (side, side), -1, views=views)
+
+    def _tested(self, pixels: np.ndarray, annotated: AnnotatedPicture) -> DetectionExample:
+        """Return the picture as the test sees it; of several views the first is the example's own."""
+        height, width = pixels.shape[:2]
+        first, *others = evaluation_views(height, width, self.config)
+        example = self._seen(pixels, annotated, first)
+        if self.config.num_views == 1:
+            return example
+        return example._replace(views=(example.pixels, *(view.pixels(pixels) for view in others)))
 
     def _seen(self, pixels: np.ndarray, annotated: AnnotatedPicture, view: View) -> DetectionExample:
         height, width = view.size
@@ -141,6 +155,7 @@ def _masks(annotated: AnnotatedPicture, chosen: np.ndarray, view: View) -> np.nd
 def collate_detections(items: Sequence[Item], config: DetectionAugmentConfig) -> DetectionBatch:
     """Put `DetectionExample`s into a `DetectionBatch`, padded to the largest, or to the training policy's own size."""
     examples: list[DetectionExample] = [item.example for item in items]
+    views = [view for e in examples for view in e.views]
     unit = config.size_divisibility
     height, width = (
         -(-max(max(e.pixels.shape[axis], e.canvas[axis]) for e in examples) // unit) * unit for axis in (0, 1)
@@ -169,6 +184,8 @@ def collate_detections(items: Sequence[Item], config: DetectionAugmentConfig) ->
         all_labels=torch.from_numpy(np.concatenate([e.labels for e in examples])),
         all_is_crowd=torch.from_numpy(np.concatenate([e.is_crowd for e in examples])),
         all_masks=None if masks is None else torch.from_numpy(masks),
+        view_sizes=tuple(tuple((v.shape[0], v.shape[1]) for v in e.views) for e in examples) if views else (),
+        all_views=torch.from_numpy(np.concatenate([view.reshape(-1) for view in views])) if views else None,
     )
 
 

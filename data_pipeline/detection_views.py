@@ -57,6 +57,11 @@ class DetectionAugmentConfig(Settings):
     """Test, and policy "resize": the short side."""
     test_max_side: int = Field(default=1333, ge=1)
     """Test, and policy "resize": the long side at most."""
+    test_short_sides: tuple[int, ...] = ()
+    """The multi-scale test of `mvit evaluate` and `mvit predict`: short sides to look at each picture at; the long side
+    at most grows with them. Empty: `test_short_side` alone, which evaluations during training always take."""
+    test_flip: bool = False
+    """`mvit evaluate` and `mvit predict`: look at each picture mirrored, too, at every size."""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -64,6 +69,11 @@ class DetectionAugmentConfig(Settings):
             sides = getattr(self, name)
             if not sides or min(sides) < 1:
                 raise ValueError(f"{name} {sides} must list one short side or more, in pixels above 0: [480, 512]")
+        sides = self.test_short_sides
+        if sides and min(sides) < 1:
+            raise ValueError(f"test_short_sides {sides} must be in pixels above 0: [600, 800, 1000]")
+        if len(set(sides)) < len(sides):
+            raise ValueError(f"test_short_sides {sides} names a size twice, which would only take longer; take it out")
         if not 1 <= self.crop_range[0] <= self.crop_range[1]:
             raise ValueError(f"crop_range {self.crop_range} must rise and be positive: (384, 600)")
         if not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
@@ -84,6 +94,15 @@ class DetectionAugmentConfig(Settings):
         """The colour of padding."""
         red, green, blue = (min(255, round(255 * channel)) for channel in self.mean)
         return red, green, blue
+
+    @property
+    def num_views(self) -> int:
+        """How often the test of `mvit evaluate` looks at a picture."""
+        return max(1, len(self.test_short_sides)) * (2 if self.test_flip else 1)
+
+    def single_view(self) -> Self:
+        """Return the settings with the plain test, for evaluations during training."""
+        return self.model_copy(update={"test_short_sides": (), "test_flip": False})
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -127,8 +146,16 @@ def training_view(height: int, width: int, config: DetectionAugmentConfig, seed:
 
 
 def evaluation_view(height: int, width: int, config: DetectionAugmentConfig) -> View:
-    """Return the whole picture at the size of the test."""
+    """Return the whole picture at the size of the plain test."""
     return View((0, 0, width, height), resized(height, width, config.test_short_side, config.test_max_side))
+
+
+def evaluation_views(height: int, width: int, config: DetectionAugmentConfig) -> tuple[View, ...]:
+    """Return the whole picture at each size of the multi-scale test, without the mirrored ones."""
+    sides = config.test_short_sides or (config.test_short_side,)
+    most = [config.test_max_side * side / config.test_short_side for side in sides]
+    sizes = (resized(height, width, side, longest) for side, longest in zip(sides, most, strict=True))
+    return tuple(View((0, 0, width, height), size) for size in sizes)
 
 
 def resized(height: float, width: float, short_side: int, max_side: float = float("inf")) -> tuple[int, int]:

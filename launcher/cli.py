@@ -11,6 +11,7 @@ from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_r
 from launcher.data_commands import add_data
 from launcher.plan_command import add_plan
 from launcher.predict_command import add_predict
+from launcher.recipe_commands import add_config, add_recipes
 from launcher.run_arguments import add_doctor, add_runs
 
 
@@ -72,15 +73,8 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 
 
 def _add_results(group: "argparse._SubParsersAction") -> None:
-    config = add_command(
-        group,
-        "config",
-        commands.config,
-        "print the resolved config of a recipe, itself a valid recipe",
-        "mvit config configs/demo/digits.yaml optim.lr=1e-3",
-    )
-    add_recipe(config)
-
+    add_recipes(group)
+    add_config(group)
     evaluate = add_command(
         group,
         "evaluate",
@@ -93,6 +87,8 @@ def _add_results(group: "argparse._SubParsersAction") -> None:
         "--weights", required=True, metavar="FILE", help="exported or published weights, or a checkpoint folder"
     )
     evaluate.add_argument("--ema", action="store_true", help="the averaged weights of a checkpoint")
+    text = "write what was predicted: of a detector in COCO's results format, of a classifier 5 classes of each sample"
+    evaluate.add_argument("--results", metavar="FILE.json", help=text)
     add_json(evaluate)
 
     export = add_command(

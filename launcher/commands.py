@@ -94,14 +94,20 @@ def config(args: Namespace) -> int:
 
 
 def evaluate(args: Namespace) -> int:
-    """Evaluate weights."""
+    """Evaluate weights, in this process or on each rank under torchrun or srun; rank 0 tells the figures."""
+    from launcher.job import export_srun_rank
     from launcher.recipe_folder import refuse_missing
 
     refuse_missing(args.recipe)
     import mvit
 
+    rank = export_srun_rank()
     recipe = mvit.load_config(args.recipe, args.overrides)
-    _print_figures(mvit.evaluate(recipe, args.weights, ema=args.ema, show_progress=not args.json), args.json)
+    figures = mvit.evaluate(recipe, args.weights, ema=args.ema, results=args.results, show_progress=not args.json)
+    if rank == 0:
+        _print_figures(figures, args.json)
+        if args.results is not None and not args.json:
+            print(f"wrote {args.results}")
     return 0
 
 

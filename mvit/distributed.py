@@ -98,6 +98,15 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return values
 
 
+def gather_on_main(value: bytes) -> list[bytes] | None:
+    """Return every rank's bytes, in rank order, on rank 0 and None elsewhere (collective); alone, one is rank 0."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Add `values` over all ranks in place and return it (collective)."""
     dist.all_reduce(values)

@@ -17,6 +17,7 @@ from mvit.config import ConfigError, RunConfig
 from mvit.distributed import RankInfo, StopAgreement, logger, on_main, sum_over_ranks, together
 from mvit.life import Stopped
 from mvit.progress import ProgressDisplay
+from mvit.results_file import check_results_file
 from mvit.tasks import create_task
 from mvit.tasks.base import Forward, Task
 from mvit.weights import read_state
@@ -76,15 +77,16 @@ def run_evaluation(
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] | None = None,
     show: Callable[[Any, Any], None] | None = None,
+    results_file: Path | None = None,
 ) -> dict[str, float]:
     """Evaluate and return the metric's figures (collective); `beat` is called before every batch and every reduction.
 
-    `show` gets the first batch's predictions, and the batch.
+    `show` gets the first batch's predictions, and the batch; `results_file` all predictions.
     `stop_requested` is asked before every batch; if it is true on any rank, all of them raise Stopped. Raises
     RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
     and within `data.max_bad_samples`; those are returned as `undecodable`.
     """
-    metric = task.metric(ranks.device)
+    metric = task.metric(ranks.device, results_file)
     seen = torch.zeros(num_samples, dtype=torch.int32)
     agreement = StopAgreement()
     beat()
@@ -124,13 +126,17 @@ def evaluate(
     weights: str | Path | Mapping[str, Tensor],
     *,
     ema: bool = False,
+    results: str | Path | None = None,
     show_progress: bool = True,
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Evaluate weights on the validation shards and return top-1, top-5, loss, majority share and sample count.
 
-    Videos are looked at in all `num_clips` x `num_crops` views, while an evaluation during training takes one.
+    Of a detector: COCO's figures. `views` among the figures tells how often each sample was looked at: videos in all
+    `num_clips` x `num_crops` views, pictures with objects in those of the multi-scale test, if `detection` asks for
+    one, while an evaluation during training takes one view. `results` names a JSON file for what was predicted, every
+    sample once: of a detector COCO's results format, of a classifier each sample's five most probable classes.
     `weights` is a weights file in any published naming, a run folder (its newest valid checkpoint), one checkpoint
     folder, or a state dict; `ema` takes a checkpoint's moving average. Runs in this process, or on every rank under
     a launcher, which is told by `beat` before every batch that this one lives. Raises ConfigError, CheckpointError or
@@ -147,7 +153,12 @@ def evaluate(
         check_whole(config, source)
         logger.info("%s", task.load_weights(model, source))
 
+    results_file = None if results is None else Path(results)
+    if results_file is not None:
+        on_main(lambda: check_results_file(results_file), f"trying to write {results_file}", ranks)
     together(load, "loading the weights")
+    views, words = task.test_views()
+    logger.info("%d samples, %s", len(shards), words)
     model.to(ranks.device).eval()
     precision = config.train.precision
     half = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -156,9 +167,21 @@ def evaluate(
     with autocast, shown or nullcontext():
         loader = evaluation_loader(config, task, shards, ranks, all_views=True)
         try:
-            return run_evaluation(task, model, loader, len(shards), ranks, torch.float32, shown, beat, stop_requested)
+            figures = run_evaluation(
+                task,
+                model,
+                loader,
+                len(shards),
+                ranks,
+                torch.float32,
+                shown,
+                beat,
+                stop_requested,
+                results_file=results_file,
+            )
         finally:
             loader.close()
+    return figures | {"views": float(views)}
 
 
 def check_whole(config: RunConfig, source: str | Path | Mapping[str, Tensor]) -> None:

@@ -1,7 +1,6 @@
 """COCO's metric: box AP and mask AP with all twelve figures each, every image exactly once over all ranks."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from data_pipeline.batch import DetectionBatch
 from mvit.detection.detections import Detections
-from mvit.distributed import broadcast_object
+from mvit.distributed import broadcast_object, gather_on_main
+from mvit.results_file import write_results_file
 
 # In the order of COCOeval's summary. -1 where it is undefined: no object of that size in the whole set.
 FIGURES = (
@@ -94,7 +94,7 @@ class CocoMetric:
         Raises RuntimeError on every rank if an image was seen twice, not at all, or is not in the truth.
         """
         # As bytes: rank 0 alone takes them apart. Compressed masks of 5,000 images are about 50 MB in all
-        shares = _gather_on_main(json.dumps([self._seen, self._results, self._boxes_alone]).encode())
+        shares = gather_on_main(json.dumps([self._seen, self._results, self._boxes_alone]).encode())
         answer: tuple[dict[str, float] | None, str | None] = (None, None)
         if shares is not None:
             try:
@@ -122,10 +122,7 @@ class CocoMetric:
             for row in found
         ]
         if self._results_file is not None:
-            part = self._results_file.with_suffix(f".{os.getpid()}.tmp")
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(results))
-            part.replace(self._results_file)
+            write_results_file(self._results_file, results)
         measured = {
             "images": [image for image in truth["images"] if image["id"] in seen],
             "annotations": [row for row in truth["annotations"] if row["image_id"] in seen],
@@ -187,12 +184,3 @@ def _as_text(code: Rle) -> Rle:
     counts = code["counts"]
     size = [int(each) for each in code["size"]]
     return {"size": size, "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
-
-
-def _gather_on_main(value: bytes) -> list[bytes] | None:
-    """Return every rank's bytes on rank 0, None elsewhere (collective)."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values

@@ -11,7 +11,8 @@ _COLOURS = (
     "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe",
     "#008080", "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3", "#808000", "#ffd8b1", "#000075", "#a9a9a9",
 )  # fmt: skip
-_RGB = torch.tensor([ImageColor.getrgb(colour)[:3] for colour in _COLOURS])
+# On the CPU also where this is first imported while a model is built on another device
+_RGB = torch.tensor([ImageColor.getrgb(colour)[:3] for colour in _COLOURS], device="cpu")
 _Place = tuple[float, float, float, float]
 _ALPHA = 0.4  # of a mask's colour
 _PER_LINE = 500  # pixels of the picture's short side for each one of a line's width

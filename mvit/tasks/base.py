@@ -69,6 +69,10 @@ class Task(Protocol):
         """
         ...
 
+    def test_views(self) -> tuple[int, str]:
+        """Return how often the full test looks at a sample, and in words what at."""
+        ...
+
     def evaluation_samples(self, batch_size: int, *, all_views: bool = False) -> int:
         """Return how many samples make a batch of an evaluation that computes `batch_size` inputs at once."""
         ...
@@ -89,8 +93,8 @@ class Task(Protocol):
         """Return what the model computes from a fixed random input, to compare two models that should be the same."""
         ...
 
-    def metric(self, device: torch.device) -> Metric:
-        """Return an empty metric."""
+    def metric(self, device: torch.device, results_file: Path | None = None) -> Metric:
+        """Return an empty metric; rank 0's `compute` also writes what was predicted into the file, if one is named."""
         ...
 
     def preview(self, batch: Any, *, seed: int, limit: int) -> Tensor:

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.batch import ImageBatch, VideoBatch
+from mvit.class_names import class_names
 from mvit.config import RunConfig
 from mvit.distributed import sum_over_ranks
 from mvit.metrics import forward_flops
 from mvit.model.backbone import MViT
+from mvit.tasks.class_results import ClassResults
 from mvit.variants import create_model
 from mvit.weights import load_weights
 
@@ -59,13 +61,21 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
 
 
+def top_k(config: RunConfig, num_classes: int, device: torch.device, results_file: Path | None = None) -> "TopK":
+    """Return the metric of a recipe, which also writes each sample's best classes, by their names, into the file."""
+    if results_file is None:
+        return TopK(num_classes, device)
+    return TopK(num_classes, device, ClassResults(results_file, class_names(config).names, min(5, num_classes)))
+
+
 class TopK:
     """Top-1 and top-5 accuracy and the cross-entropy, beside the share of the most frequent class.
 
-    Of predictions with more columns than `num_classes` the first ones alone compete.
+    Of predictions with more columns than `num_classes` the first ones alone compete. `results` also gets them all.
     """
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
+    def __init__(self, num_classes: int, device: torch.device, results: ClassResults | None = None) -> None:
+        self._results = results
         self._k = min(5, num_classes)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-k, loss, samples
         self._labels = torch.zeros(num_classes, dtype=torch.float64, device=device)
@@ -73,6 +83,8 @@ class TopK:
     def update(self, predictions: Tensor, batch: ImageBatch | VideoBatch) -> None:
         """Add logits (B, K)."""
         predictions = predictions[:, : len(self._labels)]
+        if self._results is not None:
+            self._results.add(predictions, batch)
         labels, weights = batch.labels, batch.weights.double()
         hits = predictions.topk(self._k, dim=1).indices == labels[:, None]
         loss = F.cross_entropy(predictions, labels, reduction="none").double()
@@ -83,6 +95,8 @@ class TopK:
     def compute(self) -> dict[str, float]:
         sums, labels = sum_over_ranks(self._sums).tolist(), sum_over_ranks(self._labels)
         top1, topk, loss, count = sums
+        if self._results is not None:
+            self._results.write()
         return {
             "top1": top1 / count,
             f"top{self._k}": topk / count,

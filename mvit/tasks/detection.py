@@ -17,6 +17,7 @@ from mvit.detection.coco_metric import CocoMetric
 from mvit.detection.detections import Detections
 from mvit.detection.detector import Detector, create_detector
 from mvit.detection.draw import draw_objects
+from mvit.detection.multi_scale import View, detect_in_views
 from mvit.model.pyramid import StagePyramid
 from mvit.tasks.base import Forward
 from mvit.variants import create_backbone
@@ -68,12 +69,16 @@ class Detection:
         return 0.0
 
     def transform(self, train: bool, *, all_views: bool = False) -> DetectionTransform:
-        del all_views  # a picture has one
-        return DetectionTransform(self._inputs, train=train)
+        return DetectionTransform(self._inputs if train or all_views else self._inputs.single_view(), train=train)
+
+    def test_views(self) -> tuple[int, str]:
+        inputs = self._inputs
+        sides = ", ".join(map(str, inputs.test_short_sides or (inputs.test_short_side,)))
+        mirrored = ", as it is and mirrored" if inputs.test_flip else ""
+        return inputs.num_views, f"{inputs.num_views} view(s) of each picture: short side {sides}{mirrored}"
 
     def evaluation_samples(self, batch_size: int, *, all_views: bool = False) -> int:
-        del all_views
-        return batch_size
+        return max(1, batch_size // self._inputs.num_views) if all_views else batch_size
 
     def collate(self, items: Sequence[Any]) -> DetectionBatch:
         return collate_detections(items, self._inputs)
@@ -83,10 +88,15 @@ class Detection:
         del seed
         masks = batch.masks or (None,) * len(batch)
         rows = zip(batch.boxes, batch.labels, masks, batch.is_crowd, strict=True)
-        return model(self._normalised(batch, dtype), batch.sizes, [Target(*row) for row in rows])
+        return model(self._normalised(batch.images, dtype), batch.sizes, [Target(*row) for row in rows])
 
     def predict(self, model: Forward, batch: DetectionBatch, *, dtype: torch.dtype) -> list[Detections]:
-        return model(self._normalised(batch, dtype), batch.sizes)
+        """Return what is found in each picture: in pixels of the batch, of several views in those of the original."""
+        if batch.all_views is None:
+            return model(self._normalised(batch.images, dtype), batch.sizes)
+        assert isinstance(model, Detector)  # an engine has no need of it: evaluations in training are plain
+        rows = zip(batch.views, batch.original_sizes.tolist(), strict=True)
+        return [detect_in_views(model, self._looks(views, dtype), (height, width)) for views, (height, width) in rows]
 
     def answer(self, model: nn.Module) -> Tensor:
         """Return the pyramid's maps and the scored boxes of a fixed random picture, behind one another."""
@@ -98,17 +108,22 @@ class Detection:
         parts += [] if detections.masks is None else [detections.masks]
         return torch.cat([part.flatten() for part in parts])
 
-    def metric(self, device: torch.device) -> CocoMetric:
+    def metric(self, device: torch.device, results_file: Path | None = None) -> CocoMetric:
         del device
+        return CocoMetric(self._truth, max_missing=self._config.data.max_bad_samples, results_file=results_file)
+
+    def _truth(self) -> dict[str, Any]:
+        """Read the objects of the validation set; rank 0 alone asks, when everything has been predicted."""
         data = self._config.data
         assert data.validation is not None
-        shards = open_shards(
-            data.validation,
-            cache_dir=data.cache_dir,
-            cache_gib=data.cache_gib,
-            required=self._config.required_members,
+        return ground_truth(
+            open_shards(
+                data.validation,
+                cache_dir=data.cache_dir,
+                cache_gib=data.cache_gib,
+                required=self._config.required_members,
+            )
         )
-        return CocoMetric(lambda: ground_truth(shards), max_missing=data.max_bad_samples)
 
     def preview(self, batch: DetectionBatch, *, seed: int, limit: int) -> Tensor:
         """Return pictures with their true boxes and masks drawn on them."""
@@ -129,8 +144,22 @@ class Detection:
             shown.append(torch.cat((drawn, draw_objects(image, boxes, labels, true_masks)), dim=2))
         return torch.stack(shown[:limit]).float() / 255
 
-    def _normalised(self, batch: DetectionBatch, dtype: torch.dtype) -> Tensor:
-        return normalize_pixels(batch.images, self._inputs).to(dtype)
+    def _normalised(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        return normalize_pixels(images, self._inputs).to(dtype)
+
+    def _looks(self, views: Sequence[Tensor], dtype: torch.dtype) -> list[View]:
+        """Return one picture's views (3, h, w), each for itself: what is found must not depend on its neighbours."""
+        looks: list[View] = []
+        for pixels in views:
+            height, width = size = (pixels.shape[1], pixels.shape[2])
+            for mirrored in (False, True) if self._inputs.test_flip else (False,):
+                unit = self._inputs.size_divisibility
+                padded = pixels.new_tensor(self._inputs.fill).repeat(
+                    1, height + -height % unit, width + -width % unit, 1
+                )
+                padded[0, :height, :width] = (pixels.flip(-1) if mirrored else pixels).permute(1, 2, 0)
+                looks.append(View(self._normalised(padded.permute(0, 3, 1, 2), dtype), size, mirrored))
+        return looks
 
 
 def _load_detector(model: Detector, state: Mapping[str, Tensor], *, new_head: bool) -> str:

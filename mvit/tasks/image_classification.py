@@ -19,6 +19,7 @@ from mvit.tasks.classification import (
     load_classifier,
     logits_of_noise,
     soft_cross_entropy,
+    top_k,
     training_flops,
 )
 
@@ -54,6 +55,9 @@ class ImageClassification:
         del all_views  # an image has one
         return ImageTransform(self._image, train=train)
 
+    def test_views(self) -> tuple[int, str]:
+        return 1, "1 view of each picture"
+
     def evaluation_samples(self, batch_size: int, *, all_views: bool = False) -> int:
         del all_views
         return batch_size
@@ -71,8 +75,8 @@ class ImageClassification:
     def answer(self, model: nn.Module) -> Tensor:
         return logits_of_noise(model, self._config)
 
-    def metric(self, device: torch.device) -> TopK:
-        return TopK(self._evaluated_classes, device)
+    def metric(self, device: torch.device, results_file: Path | None = None) -> TopK:
+        return top_k(self._config, self._evaluated_classes, device, results_file)
 
     def preview(self, batch: ImageBatch, *, seed: int, limit: int) -> Tensor:
         images, _ = self._augment(batch, seed, torch.float32)

@@ -20,6 +20,7 @@ from mvit.tasks.classification import (
     load_classifier,
     logits_of_noise,
     soft_cross_entropy,
+    top_k,
     training_flops,
 )
 
@@ -50,6 +51,10 @@ class VideoClassification:
     def transform(self, train: bool, *, all_views: bool = False) -> VideoTransform:
         return VideoTransform(self._video if train or all_views else self._video.single_view(), train=train)
 
+    def test_views(self) -> tuple[int, str]:
+        clips, crops = self._video.num_clips, self._video.num_crops
+        return self._video.views, f"{self._video.views} view(s) of each video: {clips} clip(s) x {crops} crop(s)"
+
     def evaluation_samples(self, batch_size: int, *, all_views: bool = False) -> int:
         return max(1, batch_size // self._video.views) if all_views else batch_size
 
@@ -77,8 +82,8 @@ class VideoClassification:
     def answer(self, model: nn.Module) -> Tensor:
         return logits_of_noise(model, self._config)
 
-    def metric(self, device: torch.device) -> TopK:
-        return TopK(self._config.model.num_classes, device)
+    def metric(self, device: torch.device, results_file: Path | None = None) -> TopK:
+        return top_k(self._config, self._config.model.num_classes, device, results_file)
 
     def preview(self, batch: VideoBatch, *, seed: int, limit: int) -> Tensor:
         """Return each clip as a strip of frames, (N, 3, H, frames x W)."""
