@@ -1,6 +1,7 @@
 """Detection runs end to end on drawn shapes: the same at every ZeRO stage, exact after a kill, each picture once."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from data_pipeline.pack import PackOptions, pack
 from data_pipeline.pack_coco import ANNOTATED_PICTURES
 from data_pipeline.sources import SourceData
 from data_pipeline.sources.shapes import read_shapes
+from data_pipeline.synthetic import SyntheticBatches
 from mvit.checkpoint import checkpoint_path, list_steps, read_manifest
 from mvit.config import ConfigError, RunConfig, parse_config
 from mvit.distributed import RankInfo
 from mvit.export import export_weights, load_model
 from mvit.run_data import open_data
+from mvit.tasks import create_task
 from tests.mvit.test_training import _train, _train_and_die, records
 from tests.ranks import run_distributed, run_until_killed
 
@@ -133,6 +136,15 @@ def test_a_detection_run_is_the_same_at_every_stage_and_after_a_kill(shapes: Pat
     assert mvit.evaluate(whole, out, show_progress=False) == figures
     found = load_model(out)(torch.zeros(1, 3, 64, 64), [(64, 64)])
     assert found[0].boxes.shape[1] == 4
+
+
+def test_a_detector_trains_and_is_shown_on_synthetic_batches(shapes: Path, tmp_path: Path) -> None:
+    task = create_task(detection_config(shapes, tmp_path))
+    model = task.build_model().train()
+    for batch in islice(SyntheticBatches((64, 96), 4, 2, num_objects=3), 3):
+        found = task.losses(model, batch, seed=0, dtype=torch.float32)
+        assert all(loss.isfinite() for loss in found.values())
+        assert task.preview(batch, seed=0, limit=1).shape == (1, 3, 64, 96)
 
 
 def test_pictures_without_objects_are_left_out_unless_asked_for(shapes: Path, tmp_path: Path) -> None:
