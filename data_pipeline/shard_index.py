@@ -78,11 +78,13 @@ def find_index(tar: str, cache_dir: Path | None) -> tuple[str, IndexHead]:
     folder cannot be written. Raises ShardError for a tar that is not whole.
     """
     stat = os.stat(tar)
-    places = [tar + ".idx", str(_private_place(tar, cache_dir))]
-    for place in places:
-        head = _read_head(place)
+    places = [tar + ".idx"]
+    for number in range(2):
+        head = _read_head(places[number])
         if head and (head.tar_bytes, head.tar_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return place, head
+            return places[number], head
+        if number == 0:
+            places.append(str(_private_place(tar, cache_dir)))
     content, head = build_index(tar)
     for place in places:
         try:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ REQUIRED_FOR_CLASSIFICATION: tuple[tuple[str, ...], ...] = (IMAGE_EXTENSIONS, (L
 """What an image classification sample must have: one of the picture extensions, and a label."""
 
 _MAX_OPEN = 64
+_OPENERS = 16
 _AHEAD_PART = 0.75
 """Part of the cache for training shards that are in use or copied ahead; the rest is for what evaluation reads."""
 
@@ -289,11 +291,19 @@ def _indexes_and_heads(
 
 def _find_indexes(paths: list[str], cache_dir: Path | None) -> list[tuple[str, IndexHead]]:
     """Find or build all indexes; starts at a place of its own, so that ranks opening at once share the scanning."""
-    first = os.getpid() * 7919 % max(1, len(paths))
-    found = {}
-    for place in [*range(first, len(paths)), *range(first)]:
-        found[place] = find_index(paths[place], cache_dir)
-    return [found[place] for place in range(len(paths))]
+    if not paths:
+        return []
+    first = os.getpid() * 7919 % len(paths)
+    turned = [*paths[first:], *paths[:first]]
+
+    def find(part: Sequence[str]) -> list[tuple[str, IndexHead]]:
+        return [find_index(path, cache_dir) for path in part]
+
+    # Threads, since on a network file system every index costs a round trip; slices, since a task costs as much as one.
+    with ThreadPoolExecutor(_OPENERS) as pool:
+        parts = pool.map(find, [turned[at : at + 32] for at in range(0, len(turned), 32)])
+        found = [index for part in parts for index in part]
+    return [*found[len(paths) - first :], *found[: len(paths) - first]]
 
 
 def check_members(path: str, head: IndexHead, required: Sequence[Sequence[str]]) -> None:
