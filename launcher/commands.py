@@ -82,17 +82,6 @@ def resume(args: Namespace) -> int:
     return _show_and_follow(args, submit_resume(run, config, cluster))
 
 
-def config(args: Namespace) -> int:
-    """Print a resolved recipe."""
-    from launcher.recipe_folder import refuse_missing
-
-    refuse_missing(args.recipe)
-    import mvit
-
-    print(mvit.load_config(args.recipe, args.overrides).to_yaml(), end="")
-    return 0
-
-
 def evaluate(args: Namespace) -> int:
     """Evaluate weights, in this process or on each rank under torchrun or srun; rank 0 tells the figures."""
     from launcher.job import export_srun_rank

@@ -25,6 +25,8 @@ COMMANDS = [
     ["cancel"],
     ["doctor"],
     ["config"],
+    ["recipes"],
+    ["recipes", "check"],
     ["evaluate"],
     ["export"],
     ["predict"],
