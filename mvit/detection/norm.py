@@ -11,7 +11,10 @@ from mvit.detection.config import HeadNorm
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of maps (N, C, H, W)."""
+    """Layer norm over the channels of maps (N, C, H, W), with detectron2's epsilon."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__(channels, eps=eps)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
@@ -88,7 +91,7 @@ def head_norm(kind: HeadNorm, channels: int) -> nn.Module | None:
     """Return the norm of this kind, or None."""
     if kind == "none":
         return None
-    return LayerNorm2d(channels, eps=1e-6) if kind == "layer" else RegionBatchNorm(channels)
+    return LayerNorm2d(channels) if kind == "layer" else RegionBatchNorm(channels)
 
 
 def conv_block(in_channels: int, out_channels: int, norm: HeadNorm) -> nn.Sequential:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from mvit.detection.norm import LayerNorm2d, RegionBatchNorm
+from mvit.detection.fpn import FeaturePyramid
+from mvit.detection.norm import LayerNorm2d, RegionBatchNorm, head_norm
+from tests.mvit.detection.tiny import TinyBackbone
 
 
 def regions() -> Tensor:
@@ -47,3 +49,12 @@ def test_layer_norm_is_over_the_channels_of_each_position() -> None:
     out = LayerNorm2d(4)(x)
     assert out.shape == x.shape
     torch.testing.assert_close(out.mean(dim=1), torch.zeros(10, 3, 3), atol=1e-5, rtol=0)
+
+
+def test_layer_norms_of_pyramid_and_heads_have_detectron2s_epsilon() -> None:
+    norms = [each for each in FeaturePyramid(TinyBackbone(), 8, "layer").modules() if isinstance(each, LayerNorm2d)]
+    assert len(norms) == 8
+    assert {each.eps for each in [*norms, head_norm("layer", 8)] if each is not None} == {1e-6}
+    x = regions() * 1e-3
+    mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, keepdim=True, unbiased=False)
+    torch.testing.assert_close(LayerNorm2d(4)(x), (x - mean) / (variance + 1e-6).sqrt())
