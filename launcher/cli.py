@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from launcher import checkpoint_commands as checkpoints
 from launcher import commands
 from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_recipe, add_run_dir
+from launcher.bench_model_command import add_bench_model
 from launcher.data_commands import add_data
 from launcher.plan_command import add_plan
 from launcher.predict_command import add_predict
@@ -184,27 +185,7 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     bench = group.add_parser("bench", help="measure speed on this machine").add_subparsers(
         dest="subcommand", metavar="COMMAND", required=True
     )
-    model = add_command(
-        bench,
-        "model",
-        commands.bench_model,
-        "time forward and training steps of a variant",
-        "mvit bench model mvitv2_small --clip 16 224 224 --batch 1",
-    )
-    model.add_argument("variants", nargs="+", metavar="VARIANT", help="mvitv2_tiny, small, base, large or huge")
-    inputs = model.add_mutually_exclusive_group()
-    inputs.add_argument("--resolution", type=int, nargs="+", default=[224], metavar="PX", help="image sides (224)")
-    inputs.add_argument("--clip", type=int, nargs=3, metavar=("T", "H", "W"), help="clips of this size, not images")
-    model.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    model.add_argument("--batch", type=int, default=4, metavar="N", help="images or clips per step (4)")
-    peers = "peers in the same run (images: timm, clips: torchvision); none given: without"
-    model.add_argument("--against", nargs="*", choices=("timm", "torchvision"), help=peers)
-    forms = ("auto", "reference", "matmul", "fused")
-    model.add_argument("--forms", nargs="+", choices=forms, default=["auto"], help="attention forms to compare")
-    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
-    model.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each (5)")
-    model.add_argument("--device", metavar="DEVICE", help="cpu or cuda; cuda where there is one")
-    add_json(model)
+    add_bench_model(bench)
 
     data = add_command(
         bench,

@@ -164,27 +164,6 @@ def prove_resume(args: Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
-def bench_model(args: Namespace) -> int:
-    """Time a model."""
-    from mvit.benchmark import bench_model
-
-    rows = bench_model(
-        args.variants,
-        [args.clip] if args.clip else [(side, side) for side in args.resolution],
-        args.precision,
-        args.batch,
-        against=args.against,
-        forms=args.forms,
-        rounds=args.rounds,
-        device=args.device,
-        num_threads=args.threads,
-        show=not args.json,
-    )
-    if args.json:
-        print(json.dumps(rows))
-    return 0
-
-
 def bench_data(args: Namespace) -> int:
     """Time the data pipeline."""
     from dataclasses import asdict

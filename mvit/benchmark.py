@@ -2,9 +2,10 @@
 
 import ctypes
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from mvit.benchmark_peers import PEERS, published_classes
+from mvit.benchmark_flops import forward_macs, matrix_rate, training_macs
+from mvit.benchmark_peers import Peer, fitting_peers, published_classes, recompute
 from mvit.variants import create_model
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # bf16: autocast over float32 parameters
@@ -47,6 +48,11 @@ class Measurement:
     memory on the CPU: an upper bound that repeats within a quarter, allocated memory on CUDA."""
     gflops: float
     """Multiply-adds of one forward pass of one image or clip, in 1e9, as papers count FLOPs."""
+    mfu: float
+    """Model FLOPs of the pass per second (the fastest round's), as a part of the rate at which this device multiplied
+    large matrices of this precision in this run. Recomputed activations and other forms' extra work do not count."""
+    checkpointing: bool
+    """Whether every block's activations were recomputed in the backward pass."""
 
 
 def bench_model(
@@ -58,87 +64,95 @@ def bench_model(
     against: Sequence[str] | None = None,
     forms: Sequence[str] = ("auto",),
     rounds: int = 5,
+    checkpointing: Sequence[bool] = (False,),
+    drop_path: float = 0.0,
     device: str | None = None,
     num_threads: int | None = None,
     show: bool = True,
 ) -> list[dict[str, Any]]:
     """Time our models in each attention form, and their peers, taking turns in one process; return JSON-able rows.
 
-    `against` None takes timm for images (H, W) and torchvision for clips (T, H, W): each has models of one kind.
+    `against` None takes timm for images (H, W) and torchvision for clips (T, H, W): each has models of one kind, and
+    one that has none of the input's kind is left out if another is there. "reference" is our model with the attention
+    of the published code. "NAME=FILE.py:FUNCTION" is any other: FUNCTION(variant, input_size) returns the module.
+    `checkpointing`: without, with, or both: every block recomputed in the backward pass, in the train pass.
+    `drop_path`: the last block's rate of every contender that has drop path, rising linearly.
     Taking turns makes the ratios robust against other work on the machine; on the CPU so do CPU seconds instead of
     wall-clock time (with `num_threads=1` most so: waiting threads burn CPU time on a busy machine).
     Raises ValueError for an unknown precision, or a peer that is unknown or has no such model.
     """
-    _check_choices(input_sizes, precisions, against or ())
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise ValueError(f"cannot bench {precision!r}; choose from {list(PRECISIONS)}")
+    peers = {len(size): fitting_peers(size, against) for size in input_sizes}
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    rates = {
+        name: matrix_rate(where, dtype or torch.float32) for name, dtype in PRECISIONS.items() if name in precisions
+    }
     measurements: list[Measurement] = []
     for variant in variants:
         for size in (tuple(size) for size in input_sizes):
-            gflops = count_gflops(variant, size)  # first of all: it refuses what no variant or input is, in our words
-            peers = [name for name, peer in PEERS.items() if peer.axes == len(size)] if against is None else against
-            contenders = {peer: PEERS[peer].build(variant, size) for peer in peers}
-            for form in forms:
-                ours = create_model(variant, published_classes(size), size)
-                ours.set_attention_form(form)
-                contenders[f"mvit {form}"] = ours
-            for precision in precisions:
-                for kind in PASSES:
-                    times = _take_turns(contenders, size, precision, batch, kind, rounds, where)
-                    theirs = times[peers[0]][0] if peers else None
+            macs = count_macs(variant, size)  # first of all: it refuses what no variant or input is, in our words
+            contenders = _build(variant, size, peers[len(size)], forms, drop_path)
+            for precision, recomputed in itertools.product(precisions, checkpointing):
+                chosen = {name: model for name, model in contenders.items() if recompute(model, recomputed)}
+                for kind in PASSES[1:] if recomputed else PASSES:
+                    times = _take_turns(chosen, size, precision, batch, kind, rounds, where)
+                    flops = 2 * batch * macs[kind]
+                    theirs = next(iter(times.values()))[0] if peers[len(size)] else None
                     for name, (seconds, walls, peak) in times.items():
                         median, rate = statistics.median(seconds), batch / statistics.median(walls)
                         speedup = min(theirs) / min(seconds) if theirs else None
                         speedup_median = statistics.median(theirs) / median if theirs else None
+                        mfu = flops / min(seconds) / rates[precision]
                         measurements.append(
                             Measurement(
-                                name, variant, size, precision, batch, kind,
-                                min(seconds), median, rate, speedup, speedup_median, peak, gflops,
+                                name, variant, size, precision, batch, kind, min(seconds), median, rate,
+                                speedup, speedup_median, peak, macs["forward"] / 1e9, mfu, recomputed,
                             )
                         )  # fmt: skip
     if show:
-        print_table(measurements, where)
+        print_table(measurements, where, rates)
     return [asdict(measurement) for measurement in measurements]
 
 
-def _check_choices(input_sizes: Sequence[Sequence[int]], precisions: Sequence[str], against: Sequence[str]) -> None:
-    for name, known in (*((p, PRECISIONS) for p in precisions), *((a, PEERS) for a in against)):
-        if name not in known:
-            raise ValueError(f"cannot bench {name!r}; choose from {list(known)}")
-    for size in input_sizes:
-        for peer in against:
-            if len(size) != PEERS[peer].axes:
-                fits = [name for name, other in PEERS.items() if other.axes == len(size)]
-                kind = "clips" if len(size) == 3 else "images"
-                raise ValueError(f"{peer} has no MViTv2 for {kind} ({_text(size)}); measure against {', '.join(fits)}")
+def _build(
+    variant: str, size: tuple[int, ...], peers: Mapping[str, Peer], forms: Sequence[str], drop_path: float
+) -> dict[str, nn.Module]:
+    """Build every contender of one kind of input, peers first, since the first one is what others are compared to."""
+    contenders = {name: peer.build(variant, size, drop_path) for name, peer in peers.items()}
+    for form in forms:
+        ours = create_model(variant, published_classes(size), size, drop_path=drop_path)
+        ours.set_attention_form(form)
+        contenders[f"mvit {form}"] = ours
+    return contenders
 
 
-def count_gflops(variant: str, input_size: Sequence[int]) -> float:
-    """Return the multiply-adds of one image's or clip's forward pass in 1e9, counted on the meta device."""
+def count_macs(variant: str, input_size: Sequence[int]) -> dict[str, int]:
+    """Return the multiply-adds of one image's or clip's "forward" pass and of its "train" step (forward, backward)."""
     with torch.device("meta"):
-        model = create_model(variant, published_classes(input_size), input_size).eval()
-        model.set_attention_form("reference")  # the folded forms count their extra columns
-        inputs = torch.empty(1, 3, *input_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs)
-    return counter.get_total_flops() / 2e9
+        model = create_model(variant, published_classes(input_size), input_size)
+    return {"forward": forward_macs(model, input_size), "train": training_macs(model, input_size)}
 
 
-def print_table(measurements: Sequence[Measurement], device: torch.device) -> None:
+def print_table(measurements: Sequence[Measurement], device: torch.device, rates: Mapping[str, float]) -> None:
     """Print the measurements as a table."""
     unit = "CPU s" if device.type == "cpu" else "s"
-    table = Table(title=f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    peak = ", ".join(f"{name} matrices {rate / 1e9:.0f} GFLOP/{unit}" for name, rate in rates.items())
+    table = Table(title=f"{device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads; {peak}")
     for header in ("model", "input", "GFLOPs", "precision", "pass", "batch", "contender"):
         table.add_column(header)
-    for header in (f"{unit} min", f"{unit} median", "samples/s", "speed-up", "of medians", "peak MiB"):
+    for header in (f"{unit} min", f"{unit} median", "samples/s", "speed-up", "of medians", "MFU", "peak MiB"):
         table.add_column(header, justify="right")
     for m in measurements:
-        shape = (m.variant, _text(m.input_size), f"{m.gflops:.2f}", m.precision, m.kind, str(m.batch), m.contender)
+        kind = f"{m.kind}, recomputed" if m.checkpointing else m.kind
+        shape = (m.variant, _text(m.input_size), f"{m.gflops:.2f}", m.precision, kind, str(m.batch), m.contender)
         numbers = (f"{m.seconds_min:.4f}", f"{m.seconds_median:.4f}", f"{m.wall_samples_per_s:.3g}")
         speedups = ["" if ratio is None else f"{ratio:.2f}" for ratio in (m.speedup, m.speedup_median)]
         peak = "" if m.peak_mib is None else f"{m.peak_mib:.0f}"
-        table.add_row(*shape, *numbers, *speedups, peak)
+        table.add_row(*shape, *numbers, *speedups, f"{m.mfu:.0%}", peak)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own: rich would fold every column
         console = Console(width=170)

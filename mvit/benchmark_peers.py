@@ -1,11 +1,14 @@
-"""Other libraries' MViTv2 models, for measuring ours beside them."""
+"""Other MViTv2 models, of other libraries or of the user, for measuring ours beside them."""
 
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
-from mvit.variants import Variant, find_variant
+from mvit.model.backbone import MViT, set_drop_path_mode
+from mvit.variants import Variant, create_model, find_variant
 
 
 def published_classes(input_size: Sequence[int]) -> int:
@@ -13,10 +16,10 @@ def published_classes(input_size: Sequence[int]) -> int:
     return 400 if len(input_size) == 3 else 1000
 
 
-def _timm_model(variant: str, input_size: tuple[int, ...]) -> nn.Module:
+def _timm_model(variant: str, input_size: tuple[int, ...], drop_path: float) -> nn.Module:
     import timm
 
-    return timm.create_model(variant, img_size=input_size)
+    return timm.create_model(variant, img_size=input_size, drop_path_rate=drop_path)
 
 
 def torchvision_model(variant: str | Variant, input_size: tuple[int, ...]) -> nn.Module:
@@ -52,13 +55,77 @@ def torchvision_model(variant: str | Variant, input_size: tuple[int, ...]) -> nn
     )
 
 
+def _reference_model(variant: str, input_size: tuple[int, ...], drop_path: float) -> nn.Module:
+    model = create_model(variant, published_classes(input_size), input_size, drop_path=drop_path)
+    model.set_attention_form("reference")
+    set_drop_path_mode(model, "mask")
+    return model
+
+
 @dataclass(frozen=True)
 class Peer:
-    """Another library's models."""
+    """Other models, ready to be built."""
 
-    axes: int
+    axes: tuple[int, ...]
     """2 if they are for images, 3 for clips."""
-    build: Callable[[str, tuple[int, ...]], nn.Module]
+    build: Callable[[str, tuple[int, ...], float], nn.Module]
+    """(variant, input size, drop-path rate) → the model."""
 
 
-PEERS: dict[str, Peer] = {"timm": Peer(2, _timm_model), "torchvision": Peer(3, torchvision_model)}
+PEERS: dict[str, Peer] = {
+    "timm": Peer((2,), _timm_model),
+    "torchvision": Peer((3,), lambda variant, size, _: torchvision_model(variant, size)),
+    "reference": Peer((2, 3), _reference_model),
+}
+
+
+def fitting_peers(input_size: Sequence[int], wanted: Sequence[str] | None) -> dict[str, Peer]:
+    """Return the wanted peers (None: the libraries) that have models for images (H, W) or for clips (T, H, W).
+
+    Raises ValueError for an unknown peer, or if none of those wanted is for such inputs.
+    """
+    axes = len(input_size)
+    if wanted is None:
+        return {name: peer for name, peer in PEERS.items() if axes in peer.axes and name != "reference"}
+    peers = {name.partition("=")[0]: _own_peer(name) if "=" in name else _known_peer(name) for name in wanted}
+    fits = {name: peer for name, peer in peers.items() if axes in peer.axes}
+    if peers and not fits:
+        kind, text = "clips" if axes == 3 else "images", "x".join(map(str, input_size))
+        others = ", ".join(name for name, peer in PEERS.items() if axes in peer.axes)
+        raise ValueError(f"{', '.join(peers)} has no MViTv2 for {kind} ({text}); measure against {others}")
+    return fits
+
+
+def recompute(model: nn.Module, whether: bool) -> bool:
+    """Switch the recomputation of every block in the backward pass; return False if the model cannot do it."""
+    if isinstance(model, MViT):
+        model.set_activation_checkpointing(list(model.stages) if whether else ())
+        return True
+    switch = getattr(model, "set_grad_checkpointing", None)  # timm's
+    if switch is not None:
+        switch(whether)
+    return switch is not None or not whether
+
+
+def _known_peer(name: str) -> Peer:
+    if name not in PEERS:
+        raise ValueError(f"cannot bench {name!r}; choose from {list(PEERS)}, or give NAME=FILE.py:FUNCTION")
+    return PEERS[name]
+
+
+def _own_peer(text: str) -> Peer:
+    """Read NAME=FILE.py:FUNCTION: a model of the user's, such as the official code's, which is not ours to ship."""
+    path, _, function = text.partition("=")[2].rpartition(":")
+    if not Path(path).is_file() or not function:
+        raise ValueError(f"{text!r} must be NAME=FILE.py:FUNCTION, with a FUNCTION(variant, input_size) in that file")
+    build = runpy.run_path(path).get(function)
+    if not callable(build):
+        raise ValueError(f"{path} has no function {function!r}, which {text!r} names")
+
+    def checked(variant: str, input_size: tuple[int, ...], _: float) -> nn.Module:
+        model = build(variant, input_size)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{text!r} must return a torch module, not {type(model).__name__}")
+        return model
+
+    return Peer((2, 3), checked)
