@@ -108,9 +108,7 @@ def create_project(root: Path) -> Project:
     shutil.copytree(Path(__file__).parent / "stand_in" / "mvit", tree / "mvit")
     for name in ("progress", "life", "ledger", "ledger_events"):
         shutil.copy(ROOT / "mvit" / f"{name}.py", tree / "mvit" / f"{name}.py")
-    (tree / "data_pipeline").mkdir()
-    for name in ("__init__", "settings", "shards", "cache", "decode", "shard_index", "tar_scan"):
-        shutil.copy(ROOT / "data_pipeline" / f"{name}.py", tree / "data_pipeline")
+    shutil.copytree(ROOT / "data_pipeline", tree / "data_pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "shards").mkdir()
     (root / "shards" / "shard-000000.tar").touch()  # a submission looks whether it exists, the stand-in reads nothing
     (root / "recipe.yaml").write_text(yaml.safe_dump({"name": "trial", "output_dir": str(root / "runs")}))
