@@ -30,6 +30,12 @@ def open_validation(config: RunConfig) -> ShardSet:
     spec, cache = config.data.validation, config.data.cache_dir
     shards = open_shards(spec, cache_dir=cache, cache_gib=config.data.cache_gib, required=config.required_members)
     check_classes(config, shards)
+    evaluated = config.image.evaluated_classes  # None unless images are classified
+    if evaluated is not None:
+        try:
+            shards.check_labels(evaluated)
+        except ValueError as error:
+            raise ConfigError(f"data.validation has other classes than image.evaluated_classes: {error}") from error
     return shards
 
 

@@ -7,6 +7,7 @@ import torch
 
 import mvit
 from mvit.config import ConfigError
+from mvit.evaluation import open_validation
 from mvit.tasks import create_task
 from mvit.tasks.classification import TopK
 from tests.mvit.test_training import tiny_config
@@ -47,3 +48,11 @@ def test_more_evaluated_classes_than_classes_are_refused(digits: Path, tmp_path:
     config = tiny_config(digits, tmp_path, image={"evaluated_classes": 11})
     with pytest.raises(ConfigError, match=r"evaluated_classes = 11 is more than model\.num_classes = 10"):
         create_task(config)
+
+
+def test_validation_shards_with_classes_beyond_are_refused(digits: Path, tmp_path: Path) -> None:
+    config = tiny_config(digits, tmp_path, image={"evaluated_classes": 8})
+    with pytest.raises(
+        ConfigError, match=r"data\.validation has other classes than image\.evaluated_classes: .*label 9"
+    ):
+        open_validation(config)
