@@ -1,7 +1,6 @@
 """The objects of one picture: the json member of a detection sample, the rules it must keep, and its statistics."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.decode import IMAGE_EXTENSIONS, LABEL_EXTENSION, DecodeError
-from data_pipeline.masks import Segmentation, mask_area, mask_problem
+from data_pipeline.masks import Segmentation, is_number, mask_area, mask_problem
 from data_pipeline.shard_index import IndexHead
 
 ANNOTATIONS_EXTENSION = "json"
@@ -83,7 +82,7 @@ def read_annotations(members: Mapping[str, bytes]) -> AnnotatedPicture:
         content = json.loads(text)
         objects = tuple(
             Annotation(
-                int(a["id"]),
+                _id(a["id"]),
                 int(a["label"]),
                 (float(a["bbox"][0]), float(a["bbox"][1]), float(a["bbox"][2]), float(a["bbox"][3])),
                 bool(a.get("iscrowd", 0)),
@@ -93,7 +92,7 @@ def read_annotations(members: Mapping[str, bytes]) -> AnnotatedPicture:
             for a in content["annotations"]
         )
         height, width = content["size"]
-        return AnnotatedPicture(int(content["image_id"]), str(content["file_name"]), int(height), int(width), objects)
+        return AnnotatedPicture(_id(content["image_id"]), str(content["file_name"]), int(height), int(width), objects)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DecodeError(f"the .{ANNOTATIONS_EXTENSION} member is no list of objects: {error!r}") from error
 
@@ -109,7 +108,7 @@ def holds_annotations(head: IndexHead) -> bool:
 
 def object_problem(bbox: Any, segmentation: Any, height: int, width: int) -> str | None:
     """Return what is wrong with an object of a picture of this size, naming value and rule; None if nothing is."""
-    if not isinstance(bbox, Sequence) or len(bbox) != 4 or not all(_is_finite(value) for value in bbox):
+    if not isinstance(bbox, Sequence) or len(bbox) != 4 or not all(is_number(value) for value in bbox):
         return f"bbox {bbox!r}: it must be four finite numbers x, y, width, height"
     x, y, box_width, box_height = bbox
     if box_width <= 0 or box_height <= 0:
@@ -140,13 +139,20 @@ def picture_problems(picture: AnnotatedPicture, num_classes: int | None) -> list
 
 def object_area(area: Any, bbox: Sequence[float], segmentation: Segmentation | None, height: int, width: int) -> float:
     """Return the area to keep of an object: what the source says, or else the mask's, or else the box's."""
-    if _is_finite(area) and area > 0:
+    if is_number(area) and area > 0:
         return area
     return float(bbox[2] * bbox[3] if segmentation is None else mask_area(segmentation, height, width))
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _id(value: Any) -> int:
+    if not is_id(number := int(value)):
+        raise ValueError(f"id {number} is beyond 64 bits")
+    return number
+
+
+def is_id(number: int) -> bool:
+    """Tell whether a number can be an id: a batch holds them as 64-bit integers."""
+    return -(1 << 63) <= number < 1 << 63
 
 
 # --- statistics: sums over pictures, so that they can be added up in any order -----------------------------------
@@ -181,7 +187,8 @@ def describe_objects(measured: Mapping[str, float], counts: Mapping[str, int]) -
         f"{m['objects']} objects, {m['objects'] / m['pictures']:.1f} a picture; pictures by objects: {per_picture}",
         f"small (below 32² pixels) {m['small']}, medium {m['medium']}, large (96² or more) {m['large']}",
         f"{m['crowds']} crowd regions ({m['crowds'] / max(regions, 1):.1%}); masks: {m['rle_masks']} RLE, "
-        f"{m['polygon_masks']} polygons, {m['without_mask']} none",
+        f"{m['polygon_masks']} polygons, {m['without_mask']} none"
+        + ("; training with masks refuses the pictures of the last" if m["without_mask"] else ""),
         *_by_class(counts),
     ]
 

@@ -28,7 +28,7 @@ def mask_problem(segmentation: Any, height: int, width: int) -> str | None:
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             return f"polygon {_short(polygon)}: it needs three points or more, as a flat list of x, y"
-        if not all(_is_number(value) for value in polygon):
+        if not all(is_number(value) for value in polygon):
             return f"polygon {_short(polygon)}: its coordinates must be finite numbers"
         if not all(-width <= value <= 2 * width for value in polygon[0::2]) or not all(
             -height <= value <= 2 * height for value in polygon[1::2]
@@ -159,8 +159,12 @@ def _moved(polygon: Sequence[float], window: Window, scale: tuple[float, float],
     return ((points - window[:2]) * scale - first).reshape(-1).tolist()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Tell whether something is a finite number; JSON has whole ones beyond every float."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -175,6 +175,7 @@ def pack(
 ) -> PackReport:
     """Write every split of `data` under a temporary name, then rename the whole. Raises PackError."""
     check_output(output, options)
+    check_split_names(data.splits)
     rejected = [bad for bads in data.rejected.values() for bad in bads]
     if options.strict and rejected:
         raise PackError(
@@ -312,6 +313,13 @@ def _describe(tar: Path) -> dict[str, Any]:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": tar.name, "samples": head.num_samples, "bytes": head.tar_bytes, "sha256": digest}
+
+
+def check_split_names(names: Iterable[str]) -> None:
+    """Raise PackError for a split that can be no folder of the output."""
+    for name in names:
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            raise PackError(f"split {name!r} cannot be a folder of the output; use a plain name such as train")
 
 
 def check_output(output: Path, options: PackOptions) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.pack import PackError, PackOptions, PackReport, Progress, check_output, pack
+from data_pipeline.pack import PackError, PackOptions, PackReport, Progress, check_output, check_split_names, pack
 from data_pipeline.pack_kinds import ANNOTATED_PICTURES
 from data_pipeline.sources import SourceData
 from data_pipeline.sources.coco import read_coco
@@ -36,6 +36,7 @@ def pack_coco(
     """
     output, options = Path(output), options or PackOptions()
     check_output(output, options)
+    check_split_names(sets)
     data = read_coco({name: (Path(images), Path(path)) for name, (images, path) in sets.items()})
     if not drop_bad:
         _refuse(data)

@@ -27,6 +27,7 @@ def add_predict(group: "argparse._SubParsersAction") -> None:
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a run or a checkpoint")
     text = f"folder for drawn copies and predictions.json (of a detector: {_DRAWN}; of a classifier: none is written)"
     parser.add_argument("--out", metavar="DIR", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier prediction wrote there")
     text = "leave out objects below this (0.5); a detector itself has none below its score_threshold"
     parser.add_argument("--score", type=float, default=0.5, metavar="P", help=text)
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes told of each file (5)")
@@ -51,13 +52,16 @@ def predict(args: Namespace) -> int:
         refuse_missing(args.recipe)
     import mvit
     from mvit.prediction import RESULTS_FILE, load_predictor, predict_files
+    from mvit.prediction_files import make_out
     from mvit.progress import ProgressDisplay
 
+    if args.out is not None:
+        make_out(Path(args.out))  # before the model is loaded
     config, rest = (None, settings) if args.recipe is None else (mvit.load_config(args.recipe, settings), [])
     predictor = load_predictor(args.weights, config, rest, names=args.names, ema=args.ema, device=args.device)
     out = args.out or (_DRAWN if predictor.detects else None)
     if args.json:
-        results = predict_files(predictor, inputs, out=out, score=args.score, topk=args.topk)
+        results = predict_files(predictor, inputs, out=out, overwrite=args.overwrite, score=args.score, topk=args.topk)
         facts = {"task": predictor.config.task, "weights": args.weights, "names": predictor.names.origin}
         print(json.dumps({**facts, "out": out, "results": [result.as_dict() for result in results]}))
     else:
@@ -68,19 +72,21 @@ def predict(args: Namespace) -> int:
                 display.update({"kind": "progress", "step": done, "total_steps": total})
                 display.note(str(result))
 
-            results = predict_files(predictor, inputs, out=out, score=args.score, topk=args.topk, tell=tell)
+            results = predict_files(
+                predictor, inputs, out=out, overwrite=args.overwrite, score=args.score, topk=args.topk, tell=tell
+            )
         if out is not None:
             print(f"wrote {Path(out) / RESULTS_FILE}")
-    return _complain(results)
+    return _complain(results, named=not args.json)
 
 
-def _complain(results: "list[Result]") -> int:
-    """Name and count what could not be read."""
-    from mvit.prediction_results import Unreadable
+def _complain(results: "list[Result]", named: bool) -> int:
+    """Count, and name where that was not done yet, what could not be read, or its copy not be written."""
+    from mvit.prediction_results import Detected, Unreadable
 
-    unread = [result for result in results if isinstance(result, Unreadable)]
-    if not unread:
+    bad = [one for one in results if isinstance(one, Unreadable) or (isinstance(one, Detected) and one.unwritten)]
+    if not bad:
         return 0
-    lines = [f"error: {len(unread)} of {len(results)} could not be read:", *(f"  {result}" for result in unread)]
-    print("\n".join(lines), file=sys.stderr)
+    lines = [f"error: {len(bad)} of {len(results)} could not be read or drawn", *(f"  {one}" for one in bad)]
+    print("\n".join(lines[:1] if named else lines), file=sys.stderr)
     return 1

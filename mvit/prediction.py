@@ -22,7 +22,7 @@ from mvit.detection.draw import draw_boxes, draw_masks
 from mvit.evaluation import check_whole, resolve_weights
 from mvit.export import exported_config
 from mvit.export_check import build_to_fill
-from mvit.prediction_files import asked_files, copies_in
+from mvit.prediction_files import asked_files, copies_in, make_out, refuse_existing
 from mvit.prediction_results import Classified, Detected, FoundObject, Guess, Result, Unreadable, write_results
 from mvit.run_identity import read_config
 from mvit.tasks import create_task
@@ -56,6 +56,7 @@ def predict(
     config: RunConfig | None = None,
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
+    overwrite: bool = False,
     score: float = 0.5,
     topk: int = 5,
     names: str | Path | None = None,
@@ -68,7 +69,7 @@ def predict(
     rest; ask those two for several calls with one model.
     """
     predictor = load_predictor(weights, config, overrides, names=names, ema=ema, device=device)
-    return predict_files(predictor, paths, out=out, score=score, topk=topk)
+    return predict_files(predictor, paths, out=out, overwrite=overwrite, score=score, topk=topk)
 
 
 def load_predictor(
@@ -112,6 +113,7 @@ def predict_files(
     paths: str | Path | Sequence[str | Path],
     *,
     out: str | Path | None = None,
+    overwrite: bool = False,
     score: float = 0.5,
     topk: int = 5,
     tell: Tell | None = None,
@@ -121,12 +123,13 @@ def predict_files(
     Args:
         out: a folder; a detector's pictures are copied into it as .png with their objects drawn on them, and
             predictions.json gets the results (of a detector: COCO's results format).
+        overwrite: files of these names that are there already may be replaced, but no original.
         score: objects below are neither returned nor drawn.
         topk: classes returned for each file.
         tell: called with (done, total, result) after each file.
 
-    Raises ValueError if nothing is asked for, or if a copy would replace one of the pictures; OSError if `out` cannot
-    be written.
+    Raises ValueError if nothing is asked for, if `out` cannot be written, or if a file would be replaced that may not;
+    OSError if predictions.json cannot be written in the end.
     """
     if topk < 1 or not 0 <= score <= 1:
         raise ValueError(f"topk = {topk}, score = {score}: topk is 1 or more, score a probability from 0 to 1")
@@ -141,7 +144,8 @@ def predict_files(
     if out is not None:
         if predictor.detects:
             copies = list(copies_in(files, out))
-        out.mkdir(parents=True, exist_ok=True)
+        make_out(out)
+        refuse_existing([*(copy for copy in copies if copy is not None), out / RESULTS_FILE], overwrite)
     transform = predictor.task.transform(train=False, all_views=True)
     results: list[Result] = []
     for number, (file, copy) in enumerate(zip(files, copies, strict=True), start=1):
@@ -178,11 +182,15 @@ def _predict_one(
     found = found[slice(0, int((found.scores >= score).sum()))]
     picture = None if copy is None else torch.from_numpy(decode_rgb(data).copy()).permute(2, 0, 1)
     codes, picture = _masks(found, picture)
+    unwritten = None
     if copy is not None and picture is not None:
         drawn = draw_boxes(picture, found.boxes, found.labels, found.scores, predictor.names.names)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(copy)
-    return Detected(path, number, (height, width), _objects(found, codes, predictor.names), copy)
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(copy)
+        except OSError as error:
+            unwritten, copy = f"{copy} could not be written: {error.strerror or error}", None
+    return Detected(path, number, (height, width), _objects(found, codes, predictor.names), copy, unwritten)
 
 
 def _guesses(logits: Tensor, names: ClassNames, topk: int) -> tuple[Guess, ...]:

@@ -59,14 +59,19 @@ class Detected:
     objects: tuple[FoundObject, ...]
     drawn: Path | None
     """Where the copy with the objects drawn on it lies."""
+    unwritten: str | None = None
+    """Why there is no copy although one was asked for."""
 
     def __str__(self) -> str:
         counts = Counter(found.name for found in self.objects)
         what = ", ".join(f"{number} x {name}" for name, number in counts.most_common()) or "nothing found"
-        return f"{self.path}: {what}" + ("" if self.drawn is None else f" -> {self.drawn}")
+        where = "" if self.drawn is None else f" -> {self.drawn}"
+        return f"{self.path}: {what}{where}" + ("" if self.unwritten is None else f" ({self.unwritten})")
 
     def as_dict(self) -> dict[str, Any]:
         facts = {"file_name": str(self.path), "image_id": self.image_id, "height": self.size[0], "width": self.size[1]}
+        if self.unwritten is not None:
+            facts["error"] = self.unwritten
         return facts | {"drawn": None if self.drawn is None else str(self.drawn), "objects": self.coco_results()}
 
     def coco_results(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from data_pipeline.annotations import (
     ANNOTATIONS_EXTENSION,
     AnnotatedPicture,
     Annotation,
+    is_id,
     object_area,
     object_problem,
     write_annotations,
@@ -143,7 +144,7 @@ def _picture(image: Any) -> AnnotatedPicture | str:
         return "it is no object with id, file_name, height and width"
     identity, name = _identity(image), image.get("file_name")
     if identity is None:
-        return f"id {image.get('id')!r}: it must be a whole number"
+        return f"id {image.get('id')!r}: it must be a whole number of at most 64 bits"
     if not isinstance(name, str) or not name:
         return f"file_name {name!r}: it must be a text"
     height, width = _whole(image.get("height")), _whole(image.get("width"))
@@ -177,7 +178,7 @@ def _objects(
         name = f"annotation {annotation.get('id', f'number {number}')}"
         problem, category = None, _whole(annotation.get("category_id"))
         if identity is None:
-            problem = f"id {annotation.get('id')!r}: it must be a whole number"
+            problem = f"id {annotation.get('id')!r}: it must be a whole number of at most 64 bits"
         elif identity in seen:
             problem = f"id {identity} occurs more than once: the later ones are left out"
         elif picture is None:
@@ -222,6 +223,8 @@ class _Folder:
             size = file.stat().st_size
         except OSError as error:
             return f"no such file below {self._root} ({os.strerror(error.errno or 0)})"
+        except ValueError as error:  # a zero byte, or half a pair of UTF-16
+            return f"file_name {name!r} can be no file's name: {error}"
         if not file.is_file():
             return f"{file} is no file"
         return SourceSample(name, None, file.suffix[1:].lower(), size, file=file)
@@ -282,4 +285,4 @@ def _whole(value: Any) -> int | None:
         or value in (float("inf"), -float("inf"))
     ):
         return None
-    return int(value) if int(value) == value else None
+    return int(value) if int(value) == value and is_id(int(value)) else None

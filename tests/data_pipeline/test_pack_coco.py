@@ -129,6 +129,9 @@ OBJECTS = {
     "outside": (set_in("annotations", 0, bbox=[80, 20, 0.5, 8]), "lies outside the picture of 80x60"),
     "three numbers": (set_in("annotations", 0, bbox=[70, 20, 5]), "must be four finite numbers"),
     "nan": (set_in("annotations", 0, bbox=[70, 20, 5, float("nan")]), "must be four finite numbers"),
+    "huge number": (set_in("annotations", 0, bbox=[70, 20, 10**400, 5]), "must be four finite numbers"),
+    "huge corner": (set_in("annotations", 0, segmentation=[[1, 2, 3, 4, 5, 10**400]]), "must be finite numbers"),
+    "huge id": (set_in("annotations", 0, id=2**70), "it must be a whole number of at most 64 bits"),
     "text": (set_in("annotations", 0, bbox="x"), "must be four finite numbers"),
     "category": (set_in("annotations", 0, category_id=4), "category_id 4 is not among the categories"),
     "RLE": (set_in("annotations", 1, segmentation={"size": [60, 80], "counts": "1"}), "annotation 2 .* broken RLE '1'"),
@@ -145,6 +148,9 @@ OBJECTS = {
 }
 PICTURES = {
     "missing": (set_in("images", 0, file_name="gone.png"), r"gone.png \(image 10\): no such file below .*3 objects go"),
+    "zero byte": (set_in("images", 0, file_name="a\0.png"), "can be no file's name"),
+    "half a character": (set_in("images", 0, file_name="\ud800.png"), "can be no file's name"),
+    "huge id": (set_in("images", 2, id=2**70), "it must be a whole number of at most 64 bits"),
     "escapes": (set_in("images", 0, file_name="../x.png"), "leads out of"),
     "no picture": (set_in("images", 0, file_name="instances.json"), "is no picture by its extension"),
     "id": (set_in("images", 1, id=10), r"p1.png \(image 10\): image id 10 occurs more than once"),
@@ -261,6 +267,7 @@ def test_check_finds_bad_objects_in_shards_made_elsewhere(tmp_path: Path) -> Non
             {**members(6, id=6), "png": png(0, 50, 80)},
             {**members(7, id=7), "json": b"{}"},
             {**members(8, id=8), "png": b"x"},
+            members(9, id=2**70),
         ],
         4,
     )
@@ -274,8 +281,15 @@ def test_check_finds_bad_objects_in_shards_made_elsewhere(tmp_path: Path) -> Non
         r"000005: the picture is \(50, 80\) \(height, width\), its annotations say \(60, 80\)",
         r"000006: the .json member is no list of objects",
         r"000007: cannot decode",
+        r"000008: the .json member is no list of objects: .*id 1180591620717411303424 is beyond 64 bits",
     ):
         assert re.search(told, problems), (told, problems)
+
+
+def test_an_object_with_an_empty_mask_is_one_without_and_told(coco: tuple[Path, Path], tmp_path: Path) -> None:
+    changed(coco, set_in("annotations", 0, segmentation=[]))
+    report = packed(coco, tmp_path / "out")
+    assert "masks: 4 RLE, 1 polygons, 1 none; training with masks refuses the pictures of the last" in str(report)
 
 
 def test_check_compares_the_shards_with_the_manifest(coco: tuple[Path, Path], tmp_path: Path) -> None:
@@ -369,5 +383,8 @@ def test_the_command_packs_two_splits_refuses_what_is_bad_and_drops_it_if_told(
     ]
     assert main([*command, "--split", "validation"]) == 1
     assert "name the same split" in capsys.readouterr().err
+    for name in ("", "../escaped", "a/b", ".hidden"):
+        assert main([*command[:5], str(tmp_path / "new"), "--split", name]) == 1
+        assert f"split {name!r} cannot be a folder of the output" in capsys.readouterr().err
     assert main(["data", "check", str(tmp_path / "out"), "--sample", "2"]) == 0
     assert "33 samples, 4 pictures decoded: all is well" in capsys.readouterr().out

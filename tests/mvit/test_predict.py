@@ -227,7 +227,7 @@ def test_what_is_found_is_drawn_where_it_is_and_written_for_coco(
     assert not changed[:, 62:].any()  # the less sure one is not drawn
     assert not changed[51:].any()
 
-    both = predict_files(predictor, [picture, picture], out=out, score=0.3)
+    both = predict_files(predictor, [picture, picture], out=out, score=0.3, overwrite=True)
     assert [len(each.objects) for each in both if isinstance(each, Detected)] == [2, 2]
     assert {path.name for path in out.iterdir()} == {"p0.png", "p0-2.png", "predictions.json"}
 
@@ -238,6 +238,59 @@ def test_a_copy_never_replaces_a_picture(detector: RunConfig, tmp_path: Path) ->
     with pytest.raises(ValueError, match="would be replaced by its copy"):
         mvit.predict(picture, detector.run_dir / "checkpoints" / "step_00000001", out=picture.parent)
     assert picture.read_bytes() == before
+
+
+def test_a_file_that_is_there_is_replaced_only_if_allowed(
+    detector: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(export_weights(detector.run_dir, tmp_path / "w.safetensors", verify=False))
+    picture, out = tmp_path / "coco" / "p0.png", tmp_path / "out"
+    out.mkdir()
+    (out / "predictions.json").write_text("mine")
+    command = ["predict", str(picture), "--weights", weights, "--out", str(out)]
+    assert main(command) == 1
+    assert f"{out / 'predictions.json'} would be replaced" in capsys.readouterr().err
+    assert [path.read_text() for path in out.iterdir()] == ["mine"]
+    assert main([*command, "--overwrite"]) == 0
+    assert json.loads((out / "predictions.json").read_text()) != "mine"
+    (out / "p0.png").unlink()
+    (out / "p0.png").mkdir()
+    assert main([*command, "--overwrite"]) == 1
+    assert "a folder is where a file is to be written" in capsys.readouterr().err
+
+
+def test_a_copy_that_cannot_be_written_costs_no_result(
+    detector: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = str(export_weights(detector.run_dir, tmp_path / "w.safetensors", verify=False))
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    (folder / "a").mkdir(parents=True)
+    for name in ("a/one.png", "two.png"):
+        (folder / name).write_bytes((tmp_path / "coco" / "p0.png").read_bytes())
+    out.mkdir()
+    (out / "a").write_text("a file where the folder of a copy is to be")
+    assert main(["predict", str(folder), "--weights", weights, "--out", str(out), "--score", "0"]) == 1
+    told = capsys.readouterr()
+    assert f"({out / 'a' / 'one.png'} could not be written: " in told.out
+    assert "error: 1 of 2 could not be read or drawn" in told.err
+    assert {row["image_id"] for row in json.loads((out / "predictions.json").read_text())} == {1, 2}
+    assert (out / "two.png").is_file()
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["predict", str(pictures), "--weights", str(tmp_path / "there are none"), "--out"]
+    assert main([*command, str(pictures / "a.jpg")]) == 1
+    assert "is no folder that can be written" in capsys.readouterr().err
+
+
+def test_links_that_lead_back_are_followed_once(images: RunConfig, pictures: Path, tmp_path: Path) -> None:
+    weights = export_weights(images.run_dir, tmp_path / "w.safetensors", verify=False)
+    (pictures / "more" / "back").symlink_to(pictures, target_is_directory=True)
+    (pictures / "again").symlink_to(pictures / "more", target_is_directory=True)
+    results = mvit.predict(pictures, weights)
+    assert sorted(result.path.name for result in results) == ["a.jpg", "b.PNG", "broken.jpg"]
 
 
 def test_weights_of_a_backbone_alone_find_nothing_and_are_refused(
@@ -265,13 +318,15 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     assert main(["predict", *asked, "--weights", weights, "--topk", "2", "--out", str(out)]) == 1
     told = capsys.readouterr()
     assert f"{pictures / 'a.jpg'}: " in told.out
-    assert "error: 3 of 5 could not be read:" in told.err
-    assert f"{missing}: No such file or directory" in told.err
-    assert f"{empty}: the folder holds no picture" in told.err
+    assert "error: 3 of 5 could not be read or drawn" in told.err
+    assert f"{missing}: No such file or directory" in told.out
+    assert f"{empty}: the folder holds no picture" in told.out
     assert [len(row["classes"]) for row in json.loads((out / "predictions.json").read_text())] == [2, 2]
 
     assert main(["predict", *asked, "--weights", weights, "--json"]) == 1
-    printed = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert f"{missing}: No such file or directory" in told.err
+    printed = json.loads(told.out)
     assert [("error" in row, len(row.get("classes", ()))) for row in printed["results"]] == [
         *[(False, 5)] * 2,
         *[(True, 0)] * 3,
