@@ -104,11 +104,10 @@ class RunState:
             own_job: self.evaluation_job.get("figures", {}),
         }
         for title, record in records.items():
-            shown = "  ".join(f"{key} {_short(value)}" for key, value in record.items() if key not in _NOT_SHOWN)
-            if shown:
-                lines.append(f"{title}: {shown}")
-        if self.where_time_went:
-            lines.append(self.where_time_went)
+            told = [f"{key} {_short(record[key])}" for key in record if key not in _NOT_SHOWN and not _is_time(key)]
+            if told:
+                lines.append(f"{title}: {'  '.join(told)}")
+        lines += [told for told in (step_parts(self.metrics), self.where_time_went) if told]
         if self.last_end and not (self.at_rest and self.last_end["attempt"] == self.attempt):
             kind, detail = self.last_end.get("kind") or self.last_end["cause"], self.last_end.get("detail")
             lines.append(f"attempt {self.last_end['attempt']} ended: {kind}" + (f": {detail}" if detail else ""))
@@ -218,6 +217,25 @@ def excluded_nodes(events: Sequence[dict[str, Any]], now: float) -> list[dict[st
             for host in event.get("hosts", ()):
                 nodes[host] = {"host": host, "until": event.get("until", 0.0), "why": why.get(host, "")}
     return [node for node in nodes.values() if node["until"] > now]
+
+
+def step_parts(train: dict[str, Any]) -> str:
+    """Say what the steps of the last record spent their time on, largest first, and which rank was slowest."""
+    names = [key for key in train if key.endswith("_seconds") and key != "step_seconds"]
+    parts = {key.removesuffix("_seconds"): train[key] for key in names}
+    total = sum(parts.values())
+    if not total:
+        return ""
+    shares = sorted(((value / total, part) for part, value in parts.items()), reverse=True)
+    told = ", ".join(f"{part} {share:.0%}" for share, part in shares if share >= 0.005)
+    text = f"time of a step: {_short(total)} s: {told}"
+    if "slowest_rank" in train:
+        text += f"; slowest rank {train['slowest_rank']:.0f}, {train['slowest_excess']:.0%} above the median"
+    return text
+
+
+def _is_time(key: str) -> bool:
+    return key.endswith("_seconds") or key.startswith("slowest_")
 
 
 def eta_text(eta_s: float) -> str:

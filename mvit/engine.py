@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mvit.distributed import RankInfo, logger
 from mvit.fingerprint import fingerprint
 from mvit.fragments import EMA, MASTER, Fragment, ZeroLayout, with_ema
 from mvit.optim import OptimConfig, ParameterGroup, build_optimizer
+from mvit.step_time import time_collectives
 from mvit.zero import Precision, ZeroConfig, deepspeed_config, uses_autocast
 
 _HYPERPARAMETERS = ("betas", "eps", "momentum", "nesterov")  # AdamW's, SGD's
@@ -57,6 +58,7 @@ class Engine:
         self._clip = optim.clip_grad_norm
         self._accumulation_steps = accumulation_steps
         self._micro_step = 0
+        self._untime: Callable[[], None] = lambda: None
         model.to(ranks.device)
         on_gpu = ranks.device.type == "cuda" and not zero.offload_optimizer
         self._engine, *_ = deepspeed.initialize(
@@ -216,7 +218,16 @@ class Engine:
         """Let DeepSpeed write its own checkpoint, for comparison in a benchmark; nothing here reads it (collective)."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
+    def time_collectives(self, spent: Callable[[float], None]) -> None:
+        """Tell `spent` the seconds of each collective of a step until the engine is closed; on CPUs alone.
+
+        On CUDA the host does not wait inside them, so its clock would say nothing.
+        """
+        if self.ranks.device.type == "cpu":
+            self._untime = time_collectives(importlib.import_module("deepspeed.comm.comm").cdb, spent)
+
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the model so that another engine may be built in this process."""
+        self._untime()
         self._engine.destroy()
         logger.debug("engine closed")

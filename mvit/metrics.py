@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard curves that stay clean over restarts, metrics.jsonl, speed and MFU."""
+"""What a run reports: TensorBoard curves that stay clean over restarts, metrics.jsonl, MFU."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from mvit.progress import ProgressDisplay
+from mvit.step_time import PARTS
 
 # Dense bf16/fp16 peaks in TFLOP/s from the makers' data sheets; the first name found in the device's name counts.
 _PEAK_TFLOPS = {
@@ -48,38 +49,6 @@ def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> float:
     return float(counter.get_total_flops())
 
 
-class Speedometer:
-    """Splits wall time between log steps into waiting for data and all else."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
-
-    def waited(self, seconds: float) -> None:
-        """Add time spent waiting for the next batch."""
-        self._waited += seconds
-
-    def step(self) -> None:
-        """Count one finished step."""
-        self._steps += 1
-
-    def read(self, samples_per_step: int) -> dict[str, float]:
-        """Return the rates since the last read and start anew."""
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        rates = {
-            "samples_per_s": self._steps * samples_per_step / seconds,
-            "step_seconds": seconds / max(self._steps, 1),
-            "data_wait": self._waited / seconds,
-        }
-        self.skip()
-        return rates
-
-    def skip(self) -> None:
-        """Forget the time since the last read: evaluation and saving are not training speed."""
-        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
-
-
 def peak_memory_gib(device: torch.device) -> float:
     """Return the largest device memory allocated so far; on a CPU the process's resident memory now."""
     if device.type == "cuda":
@@ -93,6 +62,9 @@ _TAGS = {
     "grad_norm": "train/grad_norm",
     "samples_per_s": "speed/samples_per_second",
     "data_wait": "speed/data_wait_share",
+    **{f"{part}_seconds": f"time/{part}_seconds" for part in PARTS},
+    "slowest_rank": "time/slowest_rank",
+    "slowest_excess": "time/slowest_rank_excess",
     "mfu": "speed/mfu",
     "memory_gib": "memory/peak_gib",
     "bad_samples": "data/bad_samples",

@@ -22,14 +22,15 @@ from mvit.evaluation import evaluation_loader, run_evaluation
 from mvit.guard import FiniteGuard
 from mvit.life import Life, Unattended
 from mvit.life_log import LifeLog
-from mvit.metrics import RunLog, Speedometer, peak_flops, peak_memory_gib
+from mvit.metrics import RunLog, peak_flops, peak_memory_gib
 from mvit.optim import parameter_groups
 from mvit.run_checkpoints import RunCheckpoints
 from mvit.run_data import open_data
 from mvit.run_identity import claim
+from mvit.run_schedule import lr_at
 from mvit.save_timing import SaveTiming
-from mvit.schedule import learning_rate
 from mvit.starting_weights import starting_weights
+from mvit.step_time import StepTimer, own_seconds, rates, slowest
 from mvit.tasks import create_task
 from mvit.tasks.base import Task
 
@@ -142,7 +143,8 @@ class _Run:
         # of the steps after `logged_step`
         self.loss_sum = torch.tensor(restored.loss_sum, dtype=torch.float32, device=ranks.device)
         self.guard = FiniteGuard(ranks, watch_grad_norm=config.train.precision != "fp16")
-        self.speed = Speedometer()
+        self.speed = StepTimer(ranks.device)
+        self.engine.time_collectives(self.speed.communicated)
         self.log = RunLog(
             run_dir,
             first_step=self.first_step,
@@ -200,6 +202,7 @@ class _Run:
             lr = self._lr_at(step)
             losses = self._compute(step, batches, observer)
             grad_norm = self.engine.update(lr)
+            self.speed.mark("optimizer")
             self.step = step
             self.guard.watch(step, self.loss_sum, grad_norm)
             if observer is not None:
@@ -228,11 +231,11 @@ class _Run:
         found = []
         for accumulation in range(self.batch.accumulation_steps):
             self.life.beat(step, "data")
+            self.speed.mark("other")
             asked = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - asked
-            self.speed.waited(waited)
-            self.life_log.waited(waited)
+            self.life_log.waited(time.perf_counter() - asked)
+            self.speed.mark("data")
             self.life.beat(step, "compute")
             self.guard.read_batch(step, batch.keys)
             if observer is not None:
@@ -241,10 +244,13 @@ class _Run:
             shown = self.config.train.log_images
             if step == 1 and accumulation == 0 and shown:
                 self.log.images(self.task.preview(batch, seed=seed, limit=shown), step)
+            self.speed.mark("transfer")
             torch.manual_seed(seed)  # drop path and dropout: the same whenever this chunk is computed
             losses = self.task.losses(self.engine, batch, seed=seed, dtype=self.engine.dtype)
             loss = torch.stack(list(losses.values())).sum()
+            self.speed.mark("forward")
             self.engine.backward(loss)
+            self.speed.mark("backward")
             found.append(loss.detach())
             self.loss_sum += found[-1] / self.batch.accumulation_steps
         return found
@@ -267,16 +273,7 @@ class _Run:
         return derive_seed(self.config.seed, "step", step, chunk)
 
     def _lr_at(self, step: int) -> float:
-        config = self.config
-        return learning_rate(
-            step,
-            total_steps=self.total_steps,
-            warmup_steps=config.warmup_steps(len(self.shards)),
-            peak=config.scaled_lr(config.optim.lr),
-            start=config.scaled_lr(config.schedule.warmup_lr),
-            end=config.scaled_lr(config.schedule.end_lr),
-            milestones=config.schedule.milestones if config.schedule.shape == "steps" else None,
-        )
+        return lr_at(self.config, step, total_steps=self.total_steps, num_samples=len(self.shards))
 
     def _log_start(self) -> None:
         parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
@@ -299,11 +296,13 @@ class _Run:
         if self.ranks.is_main:
             self.life.check_owner()
         self.guard.check(self.run_dir, self.checkpoints.last)
-        rates = self.speed.read(self.config.train.global_batch_size)
-        steps = step - self.logged_step
-        # Loss and bad samples of all ranks; speed is rank 0's, the ranks step together.
-        totals = torch.stack([self.loss_sum.double() / steps, self.loss_sum.new_tensor(self.loader.num_bad).double()])
-        loss, bad = distributed.sum_over_ranks(totals).tolist()
+        timed, parts = self.speed.read()
+        speed = rates(timed, parts, self.config.train.global_batch_size)
+        # Loss and bad samples of all ranks, and what each needed by itself; speed is rank 0's, the ranks step together.
+        totals = torch.zeros(2 + self.ranks.world_size, dtype=torch.float64, device=self.loss_sum.device)
+        totals[0], totals[1] = self.loss_sum / (step - self.logged_step), self.loader.num_bad
+        totals[2 + self.ranks.rank] = own_seconds(parts)
+        loss, bad, *own = distributed.sum_over_ranks(totals).tolist()
         if step % self.config.train.log_every == 0:  # else a stop: the next attempt finishes the window
             self.loss_sum.zero_()
             self.logged_step = step
@@ -314,13 +313,14 @@ class _Run:
             "memory_gib": peak_memory_gib(self.ranks.device),
             "bad_samples": bad,
             **self.loader.remote_figures(),
-            "eta_s": (self.total_steps - step) * rates["step_seconds"],
+            "eta_s": (self.total_steps - step) * speed["step_seconds"],
             "epoch": step * self.config.train.global_batch_size / self.config.epoch_size(len(self.shards)),
-            **rates,
-            **self.saving.log_point(rates["step_seconds"]),
+            **speed,
+            **(slowest(own) if len(own) > 1 else {}),
+            **self.saving.log_point(speed["step_seconds"]),
         }
         if self.peak is not None and self.flops_per_sample:
-            achieved = rates["samples_per_s"] * self.flops_per_sample / self.ranks.world_size
+            achieved = speed["samples_per_s"] * self.flops_per_sample / self.ranks.world_size
             record["mfu"] = achieved / self.peak
         if self.config.train.precision == "fp16":
             record["skipped_steps"] = self.engine.skipped_steps
@@ -328,6 +328,7 @@ class _Run:
             record["failed_saves"] = self.checkpoints.failed_saves
         self.log.train(step, record)
         self.life_log.progress(step)
+        self.speed.skip()
 
     def _evaluate(self, step: int, *, log: bool = True) -> dict[str, float]:
         """Evaluate the weights, and their moving average if there is one (collective)."""

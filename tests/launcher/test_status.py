@@ -39,7 +39,9 @@ def _trained(path: Path) -> None:
     event(run, "progress", 2, -10, step=60, train_s=450.0, stall_s=0.0, evaluate_s=0.0, data_wait_s=1.0)
     figures(run, "evaluate", 50, -100, top1=0.75)
     figures(run, "evaluate_ema", 50, -99, top1=0.8)
-    figures(run, "train", 60, -10, loss=1.25, lr=1e-3, samples_per_s=99.5, eta_s=110.0)
+    split = {"step_seconds": 0.5, "forward_seconds": 0.15, "backward_seconds": 0.3, "data_seconds": 0.05}
+    late = {"slowest_rank": 1.0, "slowest_excess": 0.25}
+    figures(run, "train", 60, -10, loss=1.25, lr=1e-3, samples_per_s=99.5, eta_s=110.0, **split, **late)
 
 
 def test_status_shows_progress_evaluations_and_where_the_time_went(
@@ -54,6 +56,7 @@ def test_status_shows_progress_evaluations_and_where_the_time_went(
         "step 60 of 400 (15%), no checkpoint yet, ETA 1:",  # 110 s from a record that is 10 s old
         "loss 1.25",
         "samples_per_s 99.5",
+        "time of a step: 0.5 s: backward 60%, forward 30%, data 10%; slowest rank 1, 25% above the median",
         "evaluation in training at step 50: top1 0.75",
         "evaluation in training at step 50, averaged weights: top1 0.8",
         "goodput (ETTR)",
