@@ -47,14 +47,14 @@ class TorchvisionTransform:
         self._image_size = config.image_size
         self._crop = transforms.RandomResizedCrop(config.image_size, config.crop_scale, config.crop_ratio, mode)
         self._flip = transforms.RandomHorizontalFlip(config.hflip_prob)
-        self._augment = rand_augment(config)
+        self._augment = rand_augment(config.model_copy(update={"decoder": "pil"}))
         self._finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(config.mean, config.std)])
 
     def __call__(self, members: dict[str, bytes], seed: int) -> tuple[torch.Tensor, int]:
         with seeded(seed, torch.device("cpu")):
             image = self._flip(self._crop(Image.open(io.BytesIO(picture(members))).convert("RGB")))
         if self._augment is not None:
-            image = self._augment(image, seed)
+            image = Image.fromarray(self._augment(np.asarray(image), seed))
         pixels: Any = self._finish(image)
         return pixels, class_label(members)
 

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.augment_config import AugmentConfig
-from data_pipeline.batch import VideoBatch
+from data_pipeline.batch import VideoBatch, stacked
 from data_pipeline.decode import LABEL_EXTENSION, UNLABELLED, class_label
 from data_pipeline.image import random_crop_box
 from data_pipeline.order import derive_seed
@@ -152,7 +152,7 @@ class VideoTransform:
 
 def collate_videos(items: Sequence[Item]) -> VideoBatch:
     """Stack (clip, label) examples, or (views, label) ones of an evaluation, into a `VideoBatch`."""
-    pixels = torch.from_numpy(np.stack([item.example[0] for item in items]))
+    pixels = stacked([item.example[0] for item in items])
     return VideoBatch(
         clips=pixels.movedim(-1, -4),  # (…, T, H, W, 3) in memory
         labels=torch.tensor([item.example[1] for item in items], dtype=torch.int64),

@@ -1,5 +1,6 @@
 """What decoding workers need from the process world: signals, threads and fast starts."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import torch
 from data_pipeline.helper_signals import start_tracker
 
 _LOOK_S = 2.0
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, 2**25
 
 
 def start_worker(worker_id: int) -> None:
@@ -29,6 +31,19 @@ def start_worker(worker_id: int) -> None:
     threading.Thread(target=_leave_with_trainer, name="leave-with-trainer", daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 32 MiB that it has freed, for the next picture.
+
+    glibc gives each decoded picture's memory back to the kernel, which then clears it page by page for the next one:
+    a tenth of a worker's time. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _leave_with_trainer() -> None:

@@ -1,12 +1,14 @@
 """Decoding: PIL's pixels exactly, the fast way close to them, and one error for what cannot be read."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.decode import DecodeError, class_label, decode_rgb, decode_rgb_fast, jpeg_size, picture
+from data_pipeline import decode
+from data_pipeline.decode import DecodeError, class_label, decode_crop_fast, decode_rgb, jpeg_size, picture
 from tests.data_pipeline.pictures import encoded, pixels
 
 
@@ -34,23 +36,58 @@ def test_exif_orientation_is_ignored_as_by_torchvision() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees"
     data = encoded(7, 60, 80, exif=exif)
-    assert decode_rgb(data).shape == decode_rgb_fast(data).shape == (60, 80, 3)
+    assert decode_rgb(data).shape == decode_crop_fast(data, (0, 0, 60, 80)).shape == (60, 80, 3)
 
 
-def test_fast_decoding_differs_by_a_level_or_so() -> None:
-    data = encoded(8, 300, 400, quality=90)
-    difference = np.abs(decode_rgb_fast(data).astype(int) - by_pil(data).astype(int))
-    assert difference.mean() < 2
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"subsampling": s} for s in (0, 1, 2)] + [{"restart_marker_rows": 1}, {"mode": "L"}]
+)
+def test_a_fast_crop_is_that_of_the_whole_fast_picture_and_a_level_or_so_from_pils(
+    options: dict[str, Any], progressive: bool
+) -> None:
+    data = encoded(8, 301, 405, quality=90, progressive=progressive, **options)
+    whole = decode_crop_fast(data, (0, 0, 301, 405))
+    assert np.abs(whole.astype(int) - by_pil(data).astype(int)).mean() < 2
+    for top, left, height, width in (
+        (0, 0, 1, 1),
+        (0, 3, 17, 90),
+        (100, 7, 101, 398),
+        (3, 0, 250, 405),
+        (300, 404, 1, 1),
+    ):
+        crop = decode_crop_fast(data, (top, left, height, width))
+        assert np.array_equal(crop, whole[top : top + height, left : left + width])
+
+
+def test_rows_below_the_crop_are_not_decoded() -> None:
+    data = encoded(8, 800, 800, quality=95, subsampling=0)
+    damaged = bytearray(data)
+    for place in range(len(data) * 3 // 4, len(data) - 20, 7):
+        damaged[place] = 0
+    for box, factor in (((0, 0, 300, 800), 1), ((10, 5, 300, 700), 2)):
+        least = box[2] / factor, box[3] / factor
+        assert np.array_equal(decode_crop_fast(bytes(damaged), box, least), decode_crop_fast(data, box, least))
+    pixels_decoded = decode._decode_top(data, (800, 800), 1, 300)
+    assert pixels_decoded is not None
+    assert len(pixels_decoded) < 310
 
 
 def test_large_pictures_are_decoded_smaller_but_never_below_what_is_needed() -> None:
-    data = encoded(9, 800, 1000, quality=90)
-    assert decode_rgb_fast(data, (400, 400)).shape == (400, 500, 3)
-    assert decode_rgb_fast(data, (401, 1)).shape == (800, 1000, 3)
-    assert decode_rgb_fast(data, (90.5, 120)).shape == (100, 125, 3)
-    assert decode_rgb_fast(data, (5000, 5000)).shape == (800, 1000, 3)
-    small = np.asarray(Image.fromarray(pixels(9, 800, 1000)).resize((125, 100), Image.Resampling.BOX)).astype(int)
-    assert np.abs(decode_rgb_fast(data, (100, 125)) - small).mean() < 3
+    data = encoded(9, 803, 1000, quality=90)
+    whole = (0, 0, 803, 1000)
+    assert decode_crop_fast(data, whole, (400, 400)).shape == (402, 500, 3)
+    assert decode_crop_fast(data, whole, (402, 1)).shape == (803, 1000, 3)
+    assert decode_crop_fast(data, whole, (90.5, 120)).shape == (101, 125, 3)
+    assert decode_crop_fast(data, whole, (5000, 5000)).shape == (803, 1000, 3)
+    small = np.asarray(Image.fromarray(pixels(9, 803, 1000)).resize((125, 101), Image.Resampling.BOX)).astype(int)
+    assert np.abs(decode_crop_fast(data, whole, (100, 125)) - small).mean() < 3
+    shrunk = decode_crop_fast(data, whole, (100, 125))
+    for box in ((160, 240, 400, 320), (16, 8, 701, 333)):
+        crop = decode_crop_fast(data, box, (box[2] / 8, box[3] / 8))
+        top, left = round(box[0] * 101 / 803), round(box[1] / 8)
+        assert crop.shape == (round(box[2] * 101 / 803), round(box[3] / 8), 3)
+        assert np.array_equal(crop, shrunk[top : top + crop.shape[0], left : left + crop.shape[1]])
 
 
 JPEG = encoded(10, 200, 200)
@@ -63,7 +100,7 @@ def test_what_cannot_be_read_is_a_decode_error_both_ways(data: bytes) -> None:
     with pytest.raises(DecodeError, match=f"cannot decode {len(data)} bytes"):
         decode_rgb(data)
     with pytest.raises(DecodeError, match=f"cannot decode {len(data)} bytes"):
-        decode_rgb_fast(data)
+        decode_crop_fast(data, (0, 0, 150, 200)) if jpeg_size(data) else decode_rgb(data)
 
 
 def test_only_jpegs_that_become_rgb_take_the_fast_way() -> None:
