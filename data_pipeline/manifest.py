@@ -7,6 +7,8 @@ from typing import Any
 from data_pipeline.tar_scan import ShardError
 
 MANIFEST = "manifest.json"
+SOURCES = "sources.jsonl"
+"""Beside the shards of a packed folder: [shard, key, source] of each sample, one a line."""
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.decode import LABEL_EXTENSION
+from data_pipeline.manifest import MANIFEST, SOURCES
 from data_pipeline.order import epoch_order
 from data_pipeline.pack_kinds import PICTURES, SampleKind
 from data_pipeline.shard_index import find_index, write_atomically
-from data_pipeline.shards import MANIFEST
 from data_pipeline.sources import Rejected, SourceData
 from data_pipeline.sources.digits import read_digits
 from data_pipeline.sources.imagefolder import read_imagefolder
 
 FORMAT_VERSION = 1
-SOURCES = "sources.jsonl"
 
 _MOST_BAD_IN_A_ROW = 100
 """Samples are read in a shuffled order: so many bad ones running are no accident, but a file system that is gone."""

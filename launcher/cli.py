@@ -10,6 +10,8 @@ from launcher import commands
 from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_recipe, add_run_dir
 from launcher.bench_model_command import add_bench_model
 from launcher.data_commands import add_data
+from launcher.evaluate_command import add_evaluate
+from launcher.export_command import add_export
 from launcher.plan_command import add_plan
 from launcher.predict_command import add_predict
 from launcher.recipe_commands import add_config, add_recipes
@@ -76,40 +78,8 @@ def _take_overrides(parser: argparse.ArgumentParser, args: argparse.Namespace, r
 def _add_results(group: "argparse._SubParsersAction") -> None:
     add_recipes(group)
     add_config(group)
-    evaluate = add_command(
-        group,
-        "evaluate",
-        commands.evaluate,
-        "evaluate weights on a recipe's validation shards",
-        "mvit evaluate configs/demo/digits.yaml --weights digits.safetensors --json",
-    )
-    add_recipe(evaluate)
-    evaluate.add_argument(
-        "--weights", required=True, metavar="FILE", help="exported or published weights, or a checkpoint folder"
-    )
-    evaluate.add_argument("--ema", action="store_true", help="the averaged weights of a checkpoint")
-    text = "write what was predicted: of a detector in COCO's results format, of a classifier 5 classes of each sample"
-    evaluate.add_argument("--results", metavar="FILE.json", help=text)
-    add_json(evaluate)
-
-    export = add_command(
-        group,
-        "export",
-        commands.export,
-        "write a run's weights as one plain file, and verify that the model built from it is the run's",
-        "mvit export runs/digits digits.safetensors --ema",
-    )
-    export.add_argument("run_dir", metavar="RUN", help="a run's folder (its newest valid checkpoint), or a checkpoint")
-    export.add_argument("out", metavar="OUT", help="file to write: .safetensors, .pth, .pt or .pyth")
-    formats = ("safetensors", "timm", "facebook", "torch")
-    text = "safetensors: for mvit.load_model; timm: its names, loads strictly there; facebook: the official .pyth; "
-    text += "torch: a plain state dict; without it the suffix decides: .pth and .pt torch, .pyth facebook"
-    export.add_argument("--format", choices=formats, help=text)
-    export.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
-    export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step instead of the newest")
-    export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    text = "do not compare tensors and logits with the run's; then memory for one tensor is enough"
-    export.add_argument("--no-verify", action="store_true", help=text)
+    add_evaluate(group)
+    add_export(group)
 
 
 def _add_checkpoints(group: "argparse._SubParsersAction") -> None:

@@ -1,4 +1,4 @@
-"""The commands that train, submit, evaluate, export, pack and measure: load what they need, call it, print."""
+"""The commands that train, submit, pack and measure: load what they need, call it, print."""
 
 import difflib
 import json
@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,46 +80,6 @@ def resume(args: Namespace) -> int:
         enter_run(run)
         return train_inline(config, run)
     return _show_and_follow(args, submit_resume(run, config, cluster))
-
-
-def evaluate(args: Namespace) -> int:
-    """Evaluate weights, in this process or on each rank under torchrun or srun; rank 0 tells the figures."""
-    from launcher.job import export_srun_rank
-    from launcher.recipe_folder import refuse_missing
-
-    refuse_missing(args.recipe)
-    import mvit
-
-    rank = export_srun_rank()
-    recipe = mvit.load_config(args.recipe, args.overrides)
-    figures = mvit.evaluate(recipe, args.weights, ema=args.ema, results=args.results, show_progress=not args.json)
-    if rank == 0:
-        _print_figures(figures, args.json)
-        if args.results is not None and not args.json:
-            print(f"wrote {args.results}")
-    return 0
-
-
-def export(args: Namespace) -> int:
-    """Write a run's weights as one file."""
-    from mvit.export import export_weights
-    from mvit.progress import counting
-
-    with counting(quiet=False) as count:
-        out = export_weights(
-            args.run_dir,
-            args.out,
-            format=args.format,
-            ema=args.ema,
-            step=args.step,
-            overwrite=args.overwrite,
-            verify=not args.no_verify,
-            progress=count,
-        )
-    which = "averaged weights" if args.ema else "last weights"
-    checked = "not verified" if args.no_verify else "tensors and logits are the run's own"
-    print(f"wrote {out}: {which}, {checked}")
-    return 0
 
 
 def prove_resume(args: Namespace) -> int:
@@ -284,11 +244,3 @@ def _split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
             raise ClusterError(f"{word}: unknown key {key!r}: did you mean {close[0]} (of the cluster file)?")
         (of_cluster if is_cluster else of_recipe).append(word.removeprefix("cluster."))
     return of_recipe, of_cluster
-
-
-def _print_figures(figures: Mapping[str, object], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(dict(figures)))
-        return
-    for key, value in figures.items():
-        print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ from torch import Tensor
 from data_pipeline.loader import EvaluationLoader
 from data_pipeline.shards import ShardSet, open_shards
 from mvit import distributed
+from mvit.certificate import Certificate, certify
 from mvit.checkpoint import CheckpointError, newest_valid, newest_valid_on_all_ranks
 from mvit.checkpoint_load import whole_state
 from mvit.config import ConfigError, RunConfig
 from mvit.distributed import RankInfo, StopAgreement, logger, on_main, sum_over_ranks, together
+from mvit.given_labels import GivenLabels, read_labels
 from mvit.life import Stopped
 from mvit.progress import ProgressDisplay
-from mvit.results_file import check_results_file
+from mvit.results_file import Reports, check_reports
 from mvit.tasks import create_task
 from mvit.tasks.base import Forward, Task
 from mvit.weights import read_state
+
+_CERTIFIED = ("counted", "duplicates", "missing")  # what an evaluation's figures have of the certificate
 
 
 def open_validation(config: RunConfig) -> ShardSet:
@@ -83,16 +88,16 @@ def run_evaluation(
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] | None = None,
     show: Callable[[Any, Any], None] | None = None,
-    results_file: Path | None = None,
-) -> dict[str, float]:
+    reports: Reports | None = None,
+) -> tuple[dict[str, float], Certificate]:
     """Evaluate and return the metric's figures (collective); `beat` is called before every batch and every reduction.
 
-    `show` gets the first batch's predictions, and the batch; `results_file` all predictions.
+    `show` gets the first batch's predictions, and the batch; `reports` says which files to write of all of them.
     `stop_requested` is asked before every batch; if it is true on any rank, all of them raise Stopped. Raises
     RuntimeError unless each of `num_samples` samples was seen exactly once over all ranks, or was undecodable
     and within `data.max_bad_samples`; those are returned as `undecodable`.
     """
-    metric = task.metric(ranks.device, results_file)
+    metric = task.metric(ranks.device, reports)
     seen = torch.zeros(num_samples, dtype=torch.int32)
     agreement = StopAgreement()
     beat()
@@ -115,16 +120,11 @@ def run_evaluation(
     beat()  # waiting for a slower rank counts from here
     sum_over_ranks(seen)
     sum_over_ranks(bad)
-    missing, repeated = int((seen == 0).sum()), int((seen > 1).sum())
-    if repeated or missing != int(bad):
-        raise RuntimeError(
-            f"evaluation of {num_samples} samples missed {missing}, of which {int(bad)} are undecodable, "
-            f"and repeated {repeated}"
-        )
+    certificate = certify(seen, int(bad), ranks.world_size)
     beat()
     figures = metric.compute() | {"undecodable": float(bad)}
     beat()  # what follows is no part of the reduction
-    return figures
+    return figures, certificate
 
 
 def evaluate(
@@ -133,6 +133,9 @@ def evaluate(
     *,
     ema: bool = False,
     results: str | Path | None = None,
+    per_class: str | Path | None = None,
+    confusion: str | Path | None = None,
+    labels: str | Path | None = None,
     show_progress: bool = True,
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] | None = None,
@@ -142,7 +145,10 @@ def evaluate(
     Of a detector: COCO's figures. `views` among the figures tells how often each sample was looked at: videos in all
     `num_clips` x `num_crops` views, pictures with objects in those of the multi-scale test, if `detection` asks for
     one, while an evaluation during training takes one view. `results` names a JSON file for what was predicted, every
-    sample once: of a detector COCO's results format, of a classifier each sample's five most probable classes.
+    sample once: of a detector COCO's results format, of a classifier each sample's five most probable classes. Of a
+    classifier, `per_class` names a .csv file for a table of the classes, `confusion` a .png for a picture of which are
+    taken for which, and `labels` a JSON file of labels to judge by: see `mvit.given_labels.read_labels`. Among the
+    figures, `counted`, `duplicates`, `missing` and `undecodable` certify that each sample counted exactly once.
     `weights` is a weights file in any published naming, a run folder (its newest valid checkpoint), one checkpoint
     folder, or a state dict; `ema` takes a checkpoint's moving average. Runs in this process, or on every rank under
     a launcher, which is told by `beat` before every batch that this one lives. Raises ConfigError, CheckpointError or
@@ -159,9 +165,13 @@ def evaluate(
         check_whole(config, source)
         logger.info("%s", task.load_weights(model, source))
 
-    results_file = None if results is None else Path(results)
-    if results_file is not None:
-        on_main(lambda: check_results_file(results_file), f"trying to write {results_file}", ranks)
+    written = [None if file is None else Path(file) for file in (results, per_class, confusion)]
+    reports = Reports(results=written[0], per_class=written[1], confusion=written[2])
+    if reports.files():
+        on_main(lambda: check_reports(reports), "trying to write the files asked for", ranks)
+    if labels is not None:
+        reports = replace(reports, labels=_given_labels(config, labels, shards, ranks))
+    task.metric(torch.device("meta"), reports)  # refuses what the task has not, before the work
     together(load, "loading the weights")
     views, words = task.test_views()
     logger.info("%d samples, %s", len(shards), words)
@@ -173,7 +183,7 @@ def evaluate(
     with autocast, shown or nullcontext():
         loader = evaluation_loader(config, task, shards, ranks, all_views=True)
         try:
-            figures = run_evaluation(
+            figures, certificate = run_evaluation(
                 task,
                 model,
                 loader,
@@ -183,11 +193,23 @@ def evaluate(
                 shown,
                 beat,
                 stop_requested,
-                results_file=results_file,
+                reports=reports,
             )
         finally:
             loader.close()
-    return figures | {"views": float(views)}
+    proof = {key: float(value) for key, value in certificate.as_dict().items() if key in _CERTIFIED}
+    return figures | {"views": float(views)} | proof
+
+
+def _given_labels(config: RunConfig, path: str | Path, shards: ShardSet, ranks: RankInfo) -> GivenLabels:
+    """Read a file of labels on every rank (collective)."""
+    if config.task == "detection":
+        raise ConfigError(f"labels {path}: they are for classifiers; a detector is judged by the objects of its shards")
+    found: list[GivenLabels] = []
+    classes = config.image.evaluated_classes or config.model.num_classes
+    together(lambda: found.append(read_labels(path, shards, classes)), f"reading the labels {path}")
+    logger.info("labels of %s %s", path, "instead of the shards'" if found[0].replace else "besides the shards'")
+    return found[0]
 
 
 def check_whole(config: RunConfig, source: str | Path | Mapping[str, Tensor]) -> None:

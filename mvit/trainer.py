@@ -340,7 +340,7 @@ class _Run:
             self.life.beat(step, "evaluate")  # before the weights change places with their average
             averaged = self.engine.ema_weights() if prefix == "validation_ema" else nullcontext()
             with self.life_log.evaluating(), averaged:
-                found = run_evaluation(
+                found, _ = run_evaluation(
                     self.task,
                     self.engine,
                     self.evaluation_loader,

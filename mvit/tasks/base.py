@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.loader import Transform
+from mvit.results_file import Reports
 
 Forward = Callable[..., Any]
 """A model, or an engine around one: inputs → outputs."""
@@ -93,8 +94,11 @@ class Task(Protocol):
         """Return what the model computes from a fixed random input, to compare two models that should be the same."""
         ...
 
-    def metric(self, device: torch.device, results_file: Path | None = None) -> Metric:
-        """Return an empty metric; rank 0's `compute` also writes what was predicted into the file, if one is named."""
+    def metric(self, device: torch.device, reports: Reports | None = None) -> Metric:
+        """Return an empty metric; rank 0's `compute` also writes the files that are asked for.
+
+        Raises ConfigError for reports that the task has not.
+        """
         ...
 
     def preview(self, batch: Any, *, seed: int, limit: int) -> Tensor:

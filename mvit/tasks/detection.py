@@ -11,7 +11,7 @@ from data_pipeline.batch import DetectionBatch
 from data_pipeline.detection import DetectionTransform, collate_detections, ground_truth
 from data_pipeline.mixup import normalize_pixels
 from data_pipeline.shards import open_shards
-from mvit.config import RunConfig
+from mvit.config import ConfigError, RunConfig
 from mvit.detection.boxes import Target
 from mvit.detection.coco_metric import CocoMetric
 from mvit.detection.detections import Detections
@@ -19,6 +19,7 @@ from mvit.detection.detector import Detector, create_detector
 from mvit.detection.draw import draw_objects
 from mvit.detection.multi_scale import View, detect_in_views
 from mvit.model.pyramid import StagePyramid
+from mvit.results_file import Reports
 from mvit.tasks.base import Forward
 from mvit.variants import create_backbone
 from mvit.weights import load_weights, read_state
@@ -108,9 +109,15 @@ class Detection:
         parts += [] if detections.masks is None else [detections.masks]
         return torch.cat([part.flatten() for part in parts])
 
-    def metric(self, device: torch.device, results_file: Path | None = None) -> CocoMetric:
+    def metric(self, device: torch.device, reports: Reports | None = None) -> CocoMetric:
         del device
-        return CocoMetric(self._truth, max_missing=self._config.data.max_bad_samples, results_file=results_file)
+        reports = reports or Reports()
+        if reports.per_class is not None or reports.confusion is not None or reports.labels is not None:
+            raise ConfigError(
+                "a detector has no table of classes, no confusion image and no other labels; leave per_class, "
+                "confusion and labels out, and take `results`, which COCO's tools read"
+            )
+        return CocoMetric(self._truth, max_missing=self._config.data.max_bad_samples, results_file=reports.results)
 
     def _truth(self) -> dict[str, Any]:
         """Read the objects of the validation set; rank 0 alone asks, when everything has been predicted."""

@@ -12,6 +12,7 @@ from data_pipeline.image import ImageTransform, collate_images
 from data_pipeline.mixup import DeviceAugment, normalize
 from mvit.config import ConfigError, RunConfig
 from mvit.model.backbone import MViT
+from mvit.results_file import Reports
 from mvit.tasks.base import Forward
 from mvit.tasks.classification import (
     TopK,
@@ -75,8 +76,8 @@ class ImageClassification:
     def answer(self, model: nn.Module) -> Tensor:
         return logits_of_noise(model, self._config)
 
-    def metric(self, device: torch.device, results_file: Path | None = None) -> TopK:
-        return top_k(self._config, self._evaluated_classes, device, results_file)
+    def metric(self, device: torch.device, reports: Reports | None = None) -> TopK:
+        return top_k(self._config, self._evaluated_classes, device, reports)
 
     def preview(self, batch: ImageBatch, *, seed: int, limit: int) -> Tensor:
         images, _ = self._augment(batch, seed, torch.float32)

@@ -13,6 +13,7 @@ from data_pipeline.mixup import DeviceAugment, normalize_pixels
 from data_pipeline.video import VideoTransform, collate_videos
 from mvit.config import RunConfig
 from mvit.model.backbone import MViT
+from mvit.results_file import Reports
 from mvit.tasks.base import Forward
 from mvit.tasks.classification import (
     TopK,
@@ -82,8 +83,8 @@ class VideoClassification:
     def answer(self, model: nn.Module) -> Tensor:
         return logits_of_noise(model, self._config)
 
-    def metric(self, device: torch.device, results_file: Path | None = None) -> TopK:
-        return top_k(self._config, self._config.model.num_classes, device, results_file)
+    def metric(self, device: torch.device, reports: Reports | None = None) -> TopK:
+        return top_k(self._config, self._config.model.num_classes, device, reports)
 
     def preview(self, batch: VideoBatch, *, seed: int, limit: int) -> Tensor:
         """Return each clip as a strip of frames, (N, 3, H, frames x W)."""
