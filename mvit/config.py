@@ -2,9 +2,8 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -28,8 +27,9 @@ from mvit.model.block import DropPathMode
 from mvit.model.inflation import Inflation
 from mvit.optim import OptimConfig
 from mvit.schedule import ScheduleConfig
+from mvit.train_config import BatchArithmetic, ProfileConfig, TrainConfig, WatchConfig
 from mvit.variants import VARIANTS, Variant
-from mvit.zero import Precision, ZeroConfig
+from mvit.zero import ZeroConfig
 
 # section → the only task that reads it
 _SECTION_READ_BY = {
@@ -38,8 +38,6 @@ _SECTION_READ_BY = {
     "detection": "detection",
     "detector": "detection",
 }
-
-StageName = Literal["stage1", "stage2", "stage3", "stage4"]
 
 
 class ConfigError(ValueError):
@@ -95,65 +93,6 @@ class ModelConfig(Settings):
         return replace(VARIANTS[self.variant], **{key: value for key, value in changes.items() if value is not None})
 
 
-class TrainConfig(Settings):
-    """Batch sizes, numerics and what happens how often; all intervals are in steps (optimizer updates)."""
-
-    global_batch_size: int = Field(default=2048, gt=0)
-    """Samples per step over all ranks; with `video.repeats`, clips."""
-    micro_batch_size: int = Field(default=32, gt=0)
-    """Samples one rank computes at once; accumulation makes up the rest of the global batch."""
-    precision: Precision = "bf16"
-    activation_checkpointing: Literal["off", "all"] | tuple[StageName, ...] = "off"
-    """Recompute activations in the backward pass: off, all blocks, or the blocks of the named stages."""
-    compile: Literal["off", "inductor", "aot_eager"] = "off"
-    """Compile the model with torch.compile and this backend."""
-    log_every: int = Field(default=20, gt=0)
-    evaluate_every: int = Field(default=0, ge=0)
-    """0 evaluates at the end only."""
-    evaluation_batch_size: int = Field(default=64, gt=0)
-    """Images or clips per rank that are computed at once in evaluation; a video's views are that many clips."""
-    save_every: int | None = Field(default=None, gt=0)
-    """null derives it while training: the optimum of what saves and failures cost (mvit/save_interval.py)."""
-    node_mttf_h: float = Field(default=1000.0, gt=0)
-    """Hours until one node fails, for `save_every: null` until the run itself has seen three failures. Published for
-    nodes of 8 GPUs: 1,011 h (7.9 h at 1,024 GPUs, arXiv 2410.21680), 6,300 h (419 in 54 days of 16,384, Llama 3)."""
-    keep_last: int = Field(default=2, gt=0)
-    """Newest checkpoints kept."""
-    keep_every: int = Field(default=0, ge=0)
-    """Checkpoints at multiples of this step are kept for ever; 0 keeps none of them."""
-    keep_best: int = Field(default=0, ge=0)
-    """Best evaluated checkpoints kept (by top1, the average's if there is one); a new best is saved at once."""
-    async_save: bool = True
-    """Write checkpoints beside training, from a copy in host memory as large as this rank's share of the state."""
-    log_images: int = Field(default=8, ge=0)
-    """Augmented inputs shown in TensorBoard at the first step."""
-    peak_tflops: float | None = Field(default=None, gt=0)
-    """Peak rate of one device in TFLOP/s for MFU; null takes the data sheet's figure where the device is known."""
-
-    @property
-    def checkpointed_stages(self) -> tuple[StageName, ...]:
-        """The stages whose activations are recomputed."""
-        if isinstance(self.activation_checkpointing, tuple):
-            return self.activation_checkpointing
-        return () if self.activation_checkpointing == "off" else get_args(StageName)
-
-
-@dataclass(frozen=True)
-class BatchArithmetic:
-    """How the global batch is put together from micro-batches."""
-
-    micro_batch_size: int
-    accumulation_steps: int
-    world_size: int
-    global_batch_size: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.micro_batch_size} samples/micro-batch x {self.accumulation_steps} accumulation steps"
-            f" x {self.world_size} ranks = {self.global_batch_size} samples/step"
-        )
-
-
 class RunConfig(Settings):
     """One training run; the saved form is itself a valid recipe."""
 
@@ -177,6 +116,8 @@ class RunConfig(Settings):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     zero: ZeroConfig = ZeroConfig()
+    watch: WatchConfig = WatchConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @field_validator("name")
     @classmethod
@@ -222,6 +163,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"detector.masks = {self.detector.masks}, but detection.masks = {self.detection.masks}: the data and "
                 "the detector must both have masks, or neither; set the two alike"
+            )
+        if self.watch.activations_every and self.train.compile != "off":
+            raise ValueError(
+                f"watch.activations_every = {self.watch.activations_every} looks into modules, which a compiled model "
+                f"does not run: train.compile is {self.train.compile}; set one of the two to 0 or off"
             )
         if self.train.precision == "fp16" and self.zero.stage == 0:
             raise ValueError("train.precision = fp16 needs zero.stage 1, 2 or 3, zero.stage is 0; or use bf16")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
+from mvit.config import RunConfig
+from mvit.dashboard import COMPARED_FIGURES, LAYOUT, TAGS, compared_settings
 from mvit.progress import ProgressDisplay
-from mvit.step_time import PARTS
 
 # Dense bf16/fp16 peaks in TFLOP/s from the makers' data sheets; the first name found in the device's name counts.
 _PEAK_TFLOPS = {
@@ -56,31 +57,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-_TAGS = {
-    "loss": "train/loss",
-    "lr": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "samples_per_s": "speed/samples_per_second",
-    "data_wait": "speed/data_wait_share",
-    **{f"{part}_seconds": f"time/{part}_seconds" for part in PARTS},
-    "slowest_rank": "time/slowest_rank",
-    "slowest_excess": "time/slowest_rank_excess",
-    "mfu": "speed/mfu",
-    "memory_gib": "memory/peak_gib",
-    "bad_samples": "data/bad_samples",
-    "fetched_gib": "data/fetched_gib",
-    "fetch_retries": "data/fetch_retries",
-    "fetch_wait_s": "data/fetch_wait_s",
-    "skipped_steps": "train/skipped_steps",
-    "failed_saves": "checkpoint/failed_saves",
-    "save_interval_steps": "checkpoint/interval_steps",
-    "ettr": "goodput/ettr",
-    "mttf_h": "goodput/mttf_h",
-    "checkpoint_overhead": "goodput/checkpoint_overhead",
-    "lost_gpu_hours": "goodput/lost_gpu_hours",
-}
-
-
 class RunLog:
     """Writes what rank zero reports; on other ranks it does nothing.
 
@@ -102,10 +78,33 @@ class RunLog:
             self._display = ProgressDisplay(total_steps=total_steps)
             self._display.__enter__()
 
-    def config(self, text: str, step: int) -> None:
-        """Show the resolved config in TensorBoard."""
+    def config(self, config: RunConfig, world_size: int) -> None:
+        """Show the resolved config in TensorBoard, group the curves on a page, and list what runs are compared by."""
+        if not self._active:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer.add_text("config", "```yaml\n" + config.to_yaml() + "```", 0)
+        self._writer.add_custom_scalars(LAYOUT)
+        figures = {"train/loss": math.nan, COMPARED_FIGURES[config.task]: math.nan}
+        for summary in hparams(compared_settings(config, world_size), figures):
+            self._writer.file_writer.add_summary(summary)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Show a text, its lines and columns as they are."""
         if self._active:
-            self._writer.add_text("config", "```yaml\n" + text + "```", step)
+            self._writer.add_text(tag, "```\n" + text + "\n```", step)
+
+    def scalars(self, figures: Mapping[str, float], step: int) -> None:
+        """Show figures by their tags, in TensorBoard alone."""
+        if self._active:
+            for tag, value in figures.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        """Show how values are spread."""
+        if self._active:
+            self._writer.add_histogram(tag, values, step)
 
     def images(self, images: Tensor, step: int, tag: str = "inputs/augmented") -> None:
         """Show (N, 3, H, W) images in [0, 1], as the model sees them or with what it predicts; strips in rows."""
@@ -118,7 +117,7 @@ class RunLog:
         """Report one training record."""
         if not self._active:
             return
-        for key, tag in _TAGS.items():
+        for key, tag in TAGS.items():
             if key in record:
                 self._writer.add_scalar(tag, record[key], step)
         self._write("train", step, record)

@@ -37,6 +37,8 @@ _MAY_CHANGE = (
     "train.log_images",
     "train.peak_tflops",
     "zero",
+    "watch",
+    "profile",
 )
 
 

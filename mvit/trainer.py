@@ -22,7 +22,7 @@ from mvit.evaluation import evaluation_loader, run_evaluation
 from mvit.guard import FiniteGuard
 from mvit.life import Life, Unattended
 from mvit.life_log import LifeLog
-from mvit.metrics import RunLog, peak_flops, peak_memory_gib
+from mvit.metrics import RunLog, peak_flops
 from mvit.optim import parameter_groups
 from mvit.run_checkpoints import RunCheckpoints
 from mvit.run_data import open_data
@@ -30,9 +30,10 @@ from mvit.run_identity import claim
 from mvit.run_schedule import lr_at
 from mvit.save_timing import SaveTiming
 from mvit.starting_weights import starting_weights
-from mvit.step_time import StepTimer, own_seconds, rates, slowest
+from mvit.step_report import StepReport
 from mvit.tasks import create_task
 from mvit.tasks.base import Task
+from mvit.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,21 @@ class _Run:
         restored = self.checkpoints.restore()
         self.life_log.restored(restored.step, time.perf_counter() - began)
         self.step = self.first_step = restored.step
-        self.logged_step = restored.logged_step
+        self.report = StepReport(
+            config,
+            ranks,
+            self.engine,
+            total_steps=self.total_steps,
+            num_samples=len(self.shards),
+            peak_flops=self.peak,
+            flops_per_sample=self.flops_per_sample,
+            logged_step=restored.logged_step,
+            loss_sum=restored.loss_sum,
+        )
+        self.timer = self.report.timer
         num_bytes = self.checkpoints.predicted_bytes(self.shapes)
         self.saving = SaveTiming(config, ranks, life, first_step=self.first_step, num_bytes=num_bytes)
-        # of the steps after `logged_step`
-        self.loss_sum = torch.tensor(restored.loss_sum, dtype=torch.float32, device=ranks.device)
         self.guard = FiniteGuard(ranks, watch_grad_norm=config.train.precision != "fp16")
-        self.speed = StepTimer(ranks.device)
-        self.engine.time_collectives(self.speed.communicated)
         self.log = RunLog(
             run_dir,
             first_step=self.first_step,
@@ -152,6 +160,7 @@ class _Run:
             active=ranks.is_main,
             show_progress=show_progress,
         )
+        self.watch = Watch(config.profile, config.watch, run_dir, ranks, self.engine, self.log)
 
     def _build_engine(self) -> None:
         config = self.config
@@ -197,17 +206,19 @@ class _Run:
         self.life_log.begin()
         if observer is not None:
             observer.started(self.first_step, self.engine)
-        self.speed.skip()
+        self.watch.begin(self.first_step, self.total_steps)
+        self.timer.skip()
         for step in range(self.first_step + 1, self.total_steps + 1):
             lr = self._lr_at(step)
-            losses = self._compute(step, batches, observer)
-            grad_norm = self.engine.update(lr)
-            self.speed.mark("optimizer")
+            with self.watch.step(step):
+                losses = self._compute(step, batches, observer)
+                grad_norm = self.engine.update(lr)
+                self.timer.mark("optimizer")
             self.step = step
-            self.guard.watch(step, self.loss_sum, grad_norm)
+            self.guard.watch(step, self.report.loss_sum, grad_norm)
             if observer is not None:
                 observer.updated(step, losses, grad_norm, lr, self.engine)
-            self.speed.step()
+            self.report.updated(grad_norm)
             self.life_log.stepped(step)
             self._log_saves(self.checkpoints.poll())
             last = step == self.total_steps
@@ -231,11 +242,11 @@ class _Run:
         found = []
         for accumulation in range(self.batch.accumulation_steps):
             self.life.beat(step, "data")
-            self.speed.mark("other")
+            self.timer.mark("other")
             asked = time.perf_counter()
             batch = next(batches)
             self.life_log.waited(time.perf_counter() - asked)
-            self.speed.mark("data")
+            self.timer.mark("data")
             self.life.beat(step, "compute")
             self.guard.read_batch(step, batch.keys)
             if observer is not None:
@@ -244,15 +255,16 @@ class _Run:
             shown = self.config.train.log_images
             if step == 1 and accumulation == 0 and shown:
                 self.log.images(self.task.preview(batch, seed=seed, limit=shown), step)
-            self.speed.mark("transfer")
+            self.timer.mark("transfer")
             torch.manual_seed(seed)  # drop path and dropout: the same whenever this chunk is computed
-            losses = self.task.losses(self.engine, batch, seed=seed, dtype=self.engine.dtype)
+            with self.watch.forward(step, accumulation):
+                losses = self.task.losses(self.engine, batch, seed=seed, dtype=self.engine.dtype)
             loss = torch.stack(list(losses.values())).sum()
-            self.speed.mark("forward")
+            self.timer.mark("forward")
             self.engine.backward(loss)
-            self.speed.mark("backward")
+            self.timer.mark("backward")
             found.append(loss.detach())
-            self.loss_sum += found[-1] / self.batch.accumulation_steps
+            self.report.loss_sum += found[-1] / self.batch.accumulation_steps
         return found
 
     def _score(self, figures: Mapping[str, float]) -> float | None:
@@ -288,7 +300,7 @@ class _Run:
                 self.total_steps,
             )
         if self.first_step == 0:
-            self.log.config(self.config.to_yaml(), 0)
+            self.log.config(self.config, self.ranks.world_size)
 
     def _log(self, step: int, grad_norm: Tensor) -> None:
         """Report the steps since the last record (collective); the only place that waits for the device."""
@@ -296,39 +308,13 @@ class _Run:
         if self.ranks.is_main:
             self.life.check_owner()
         self.guard.check(self.run_dir, self.checkpoints.last)
-        timed, parts = self.speed.read()
-        speed = rates(timed, parts, self.config.train.global_batch_size)
-        # Loss and bad samples of all ranks, and what each needed by itself; speed is rank 0's, the ranks step together.
-        totals = torch.zeros(2 + self.ranks.world_size, dtype=torch.float64, device=self.loss_sum.device)
-        totals[0], totals[1] = self.loss_sum / (step - self.logged_step), self.loader.num_bad
-        totals[2 + self.ranks.rank] = own_seconds(parts)
-        loss, bad, *own = distributed.sum_over_ranks(totals).tolist()
-        if step % self.config.train.log_every == 0:  # else a stop: the next attempt finishes the window
-            self.loss_sum.zero_()
-            self.logged_step = step
-        record = {
-            "loss": loss / self.ranks.world_size,
-            "lr": self._lr_at(step),
-            "grad_norm": float(grad_norm),
-            "memory_gib": peak_memory_gib(self.ranks.device),
-            "bad_samples": bad,
-            **self.loader.remote_figures(),
-            "eta_s": (self.total_steps - step) * speed["step_seconds"],
-            "epoch": step * self.config.train.global_batch_size / self.config.epoch_size(len(self.shards)),
-            **speed,
-            **(slowest(own) if len(own) > 1 else {}),
-            **self.saving.log_point(speed["step_seconds"]),
-        }
-        if self.peak is not None and self.flops_per_sample:
-            achieved = speed["samples_per_s"] * self.flops_per_sample / self.ranks.world_size
-            record["mfu"] = achieved / self.peak
-        if self.config.train.precision == "fp16":
-            record["skipped_steps"] = self.engine.skipped_steps
+        record = self.report.record(step, grad_norm, self.loader.num_bad)
+        record |= {**self.loader.remote_figures(), **self.saving.log_point(record["step_seconds"])}
         if self.checkpoints.failed_saves:
             record["failed_saves"] = self.checkpoints.failed_saves
         self.log.train(step, record)
         self.life_log.progress(step)
-        self.speed.skip()
+        self.report.written()
 
     def _evaluate(self, step: int, *, log: bool = True) -> dict[str, float]:
         """Evaluate the weights, and their moving average if there is one (collective)."""
@@ -353,7 +339,7 @@ class _Run:
             if log:
                 self.log.validation(step, found, prefix)
             figures |= found if prefix == "validation" else {f"ema_{key}": value for key, value in found.items()}
-        self.speed.skip()
+        self.timer.skip()
         return figures
 
     def _shower(self, step: int) -> Callable[[Any, Any], None] | None:
@@ -374,14 +360,14 @@ class _Run:
             self.guard.check(self.run_dir, self.checkpoints.last)
             ended = self.checkpoints.save(
                 step,
-                logged_step=self.logged_step,
-                loss_sum=float(self.loss_sum),
+                logged_step=self.report.logged_step,
+                loss_sum=float(self.report.loss_sum),
                 score=score,
                 must_succeed=must_succeed,
             )
         self._log_saves(ended)
         self.life_log.progress(step, now=must_succeed)
-        self.speed.skip()
+        self.timer.skip()
 
     def _log_saves(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:

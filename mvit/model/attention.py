@@ -1,7 +1,7 @@
 """Pooling attention over two or three axes (MViTv2 §3 and §4.1): one class for images and for video."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -63,6 +63,8 @@ class PoolingAttention(nn.Module):
     """
 
     form: str  # one of ATTENTION_FORMS
+    probe: Callable[[Tensor, Tensor], None] | None = None
+    """Told the queries and keys (B, N, L, D + E) whose products are the logits, when somebody looks (`mvit.watch`)."""
 
     def __init__(
         self,
@@ -169,6 +171,8 @@ class PoolingAttention(nn.Module):
             q, k = torch.cat((q, extra.to(q.dtype)), dim=-1), torch.cat((k, codes), dim=-1)
         if apart is not None:
             q, k = torch.cat((q, apart[0]), dim=-1), torch.cat((k, apart[1]), dim=-1)
+        if self.probe is not None:
+            self.probe(q, k)
         return _attend_matmul(q, k, v) if form == "matmul" else _attend_fused(q, k, v)
 
 

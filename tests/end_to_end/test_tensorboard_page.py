@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from launcher.processes import free_port
+from mvit.config import parse_config
 from mvit.metrics import RunLog
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -32,6 +33,7 @@ RECORD = {
     "bad_samples": 0.0,
     "mfu": 0.4,
 }
+CONFIG = parse_config({"name": "shown", "data": {"train": "nowhere"}})
 TAGS = ["train/loss", "train/learning_rate", "train/grad_norm", "validation/top1", "validation/top5"]
 # TensorBoard folds groups away; a filter shows what it matches, 12 cards a page.
 FILTER = "?tagFilter=%5E(train|validation|speed|memory|inputs)#timeseries"
@@ -44,7 +46,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     run_dir = tmp_path_factory.mktemp("run")
     for first, last in ((0, 30), (20, 50)):
         log = RunLog(run_dir, first_step=first, total_steps=50, active=True, show_progress=False)
-        log.config("name: shown\n", 0)
+        log.config(CONFIG, 2)
         log.images(torch.zeros(4, 3, 32, 32), 1)
         for step in range(first + 1, last + 1):
             log.train(step, RECORD | {"loss": 2.0 / step})

@@ -44,7 +44,7 @@ def tiny_config(digits: str | Path, output_dir: str | Path, name: str = "run", *
         "zero": {"persistence_threshold": 0},
     }
     for section, values in sections.items():
-        tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
     return parse_config(tree)
 
 
