@@ -104,7 +104,7 @@ class RunState:
             own_job: self.evaluation_job.get("figures", {}),
         }
         for title, record in records.items():
-            told = [f"{key} {_short(record[key])}" for key in record if key not in _NOT_SHOWN and not _is_time(key)]
+            told = [f"{key} {_short(record[key])}" for key in record if key not in _NOT_SHOWN and not _is_detail(key)]
             if told:
                 lines.append(f"{title}: {'  '.join(told)}")
         lines += [told for told in (step_parts(self.metrics), self.where_time_went) if told]
@@ -234,8 +234,9 @@ def step_parts(train: dict[str, Any]) -> str:
     return text
 
 
-def _is_time(key: str) -> bool:
-    return key.endswith("_seconds") or key.startswith("slowest_")
+def _is_detail(key: str) -> bool:
+    """Tell what stands in a line of its own, or in TensorBoard."""
+    return key.endswith("_seconds") or key.startswith(("slowest_", "weight_norm_", "lr_"))
 
 
 def eta_text(eta_s: float) -> str:

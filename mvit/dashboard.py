@@ -45,38 +45,56 @@ def _lines(*tags: str) -> list[Any]:
     return ["Multiline", [f"^{tag}$" for tag in tags]]
 
 
-LAYOUT: dict[str, dict[str, list[Any]]] = {
-    "1. Does it learn?": {
-        "loss": _lines("train/loss", "validation(_ema)?/loss"),
-        "top-1 and top-5": _lines("validation(_ema)?/top[15]"),
-        "box AP and mask AP": _lines("validation(_ema)?/(box|mask)_ap"),
-        "learning rate": _lines("train/learning_rate", "learning_rate/.*"),
-    },
-    "2. How fast is it?": {
-        "samples per second": _lines("speed/samples_per_second"),
-        "model FLOPs utilisation": _lines("speed/mfu"),
-        "share of the time spent waiting for data": _lines("speed/data_wait_share"),
-    },
-    "3. Where does the time of a step go?": {
-        "seconds": _lines(*(f"time/{part}_seconds" for part in PARTS)),
-        "slowest rank": _lines("time/slowest_rank"),
-        "how much slower than the median": _lines("time/slowest_rank_excess"),
-    },
-    "4. Is it healthy?": {
-        "gradient norm before clipping": _lines("train/grad_norm", "train/grad_norm_max"),
-        "share of updates that were clipped": _lines("train/clip_rate"),
-        "norm of the weights": _lines("weight_norm/.*"),
-        "samples that could not be read": _lines("data/bad_samples"),
-        "memory in GiB": _lines("memory/peak_gib"),
-        "updates skipped by fp16": _lines("train/skipped_steps"),
-    },
-    "5. What do interruptions and saves cost?": {
-        "share of productive time (ETTR)": _lines("goodput/ettr"),
-        "GPU-hours lost": _lines("goodput/lost_gpu_hours"),
-        "seconds of a save, and waited for": _lines("checkpoint/save_seconds", "checkpoint/stall_seconds"),
-    },
-}
-"""The page "custom scalars": section → chart → curves."""
+def layout(config: RunConfig, *, world_size: int, mfu: bool) -> dict[str, dict[str, list[Any]]]:
+    """Return the page "custom scalars": section → chart → curves, without charts that would stay empty.
+
+    `mfu` says whether the device's peak rate is known.
+    """
+    evaluated = {"top-1 and top-5": _lines("validation(_ema)?/top[15]")}
+    if config.task == "detection":
+        evaluated = {"box AP and mask AP": _lines("validation(_ema)?/(box|mask)_ap")}
+    page = {
+        "1. Does it learn?": {
+            "loss": _lines("train/loss", "validation(_ema)?/loss"),
+            **(evaluated if config.data.validation is not None else {}),
+            "learning rate": _lines("train/learning_rate", "learning_rate/.*"),
+        },
+        "2. How fast is it?": {
+            "samples per second": _lines("speed/samples_per_second"),
+            "share of the time spent waiting for data": _lines("speed/data_wait_share"),
+            **({"model FLOPs utilisation": _lines("speed/mfu")} if mfu else {}),
+        },
+        "3. Where does the time of a step go?": {
+            "seconds": _lines(*(f"time/{part}_seconds" for part in PARTS)),
+            "slowest rank": _lines("time/slowest_rank"),
+            "how much slower than the median": _lines("time/slowest_rank_excess"),
+        },
+        "4. Is it healthy?": {
+            "gradient norm before clipping": _lines("train/grad_norm", "train/grad_norm_max"),
+            "share of updates that were clipped": _lines("train/clip_rate"),
+            "norm of the weights": _lines("weight_norm/.*"),
+            "samples that could not be read": _lines("data/bad_samples"),
+            "memory in GiB": _lines("memory/peak_gib"),
+            **({"updates skipped": _lines("train/skipped_steps")} if config.train.precision == "fp16" else {}),
+        },
+        "5. What do interruptions and saves cost?": {
+            "share of productive time (ETTR)": _lines("goodput/ettr"),
+            "GPU-hours lost": _lines("goodput/lost_gpu_hours"),
+            "seconds of a save, and waited for": _lines("checkpoint/save_seconds", "checkpoint/stall_seconds"),
+        },
+    }
+    if world_size == 1:
+        del page["3. Where does the time of a step go?"]["slowest rank"]
+        del page["3. Where does the time of a step go?"]["how much slower than the median"]
+    if not config.optim.clip_grad_norm:
+        del page["4. Is it healthy?"]["share of updates that were clipped"]
+    if config.watch.activations_every:
+        page["6. What is inside?"] = {
+            "size of the blocks' outputs (RMS)": _lines("activation_rms/.*"),
+            "entropy of the attention, 1 = uniform": _lines("attention_entropy/.*"),
+            "largest logit of the attention": _lines("attention_logit_max/.*"),
+        }
+    return page
 
 
 def compared_settings(config: RunConfig, world_size: int) -> dict[str, bool | float | str]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from mvit.config import RunConfig
-from mvit.dashboard import COMPARED_FIGURES, LAYOUT, TAGS, compared_settings
+from mvit.dashboard import COMPARED_FIGURES, TAGS, compared_settings, layout
 from mvit.progress import ProgressDisplay
 
 # Dense bf16/fp16 peaks in TFLOP/s from the makers' data sheets; the first name found in the device's name counts.
@@ -78,14 +78,14 @@ class RunLog:
             self._display = ProgressDisplay(total_steps=total_steps)
             self._display.__enter__()
 
-    def config(self, config: RunConfig, world_size: int) -> None:
+    def config(self, config: RunConfig, *, world_size: int, mfu: bool) -> None:
         """Show the resolved config in TensorBoard, group the curves on a page, and list what runs are compared by."""
         if not self._active:
             return
         from torch.utils.tensorboard.summary import hparams
 
         self._writer.add_text("config", "```yaml\n" + config.to_yaml() + "```", 0)
-        self._writer.add_custom_scalars(LAYOUT)
+        self._writer.add_custom_scalars(layout(config, world_size=world_size, mfu=mfu))
         figures = {"train/loss": math.nan, COMPARED_FIGURES[config.task]: math.nan}
         for summary in hparams(compared_settings(config, world_size), figures):
             self._writer.file_writer.add_summary(summary)

@@ -300,7 +300,7 @@ class _Run:
                 self.total_steps,
             )
         if self.first_step == 0:
-            self.log.config(self.config, self.ranks.world_size)
+            self.log.config(self.config, world_size=self.ranks.world_size, mfu=self.peak is not None)
 
     def _log(self, step: int, grad_norm: Tensor) -> None:
         """Report the steps since the last record (collective); the only place that waits for the device."""

@@ -1,5 +1,6 @@
 """TensorBoard's page, opened in a real browser, shows a run's curves by their tags."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,11 +44,11 @@ TAGS += ["speed/samples_per_second", "speed/data_wait_share", "speed/mfu", "memo
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serve the TensorBoard of a run that was interrupted after step 30 and continued from step 20."""
+    """Serve the TensorBoard of a run that was interrupted three times and continued from ten steps before."""
     run_dir = tmp_path_factory.mktemp("run")
-    for first, last in ((0, 30), (20, 50)):
+    for first, last in ((0, 20), (10, 30), (20, 40), (30, 50)):
         log = RunLog(run_dir, first_step=first, total_steps=50, active=True, show_progress=False)
-        log.config(CONFIG, 2)
+        log.config(CONFIG, world_size=2, mfu=True)
         log.images(torch.zeros(4, 3, 32, 32), 1)
         for step in range(first + 1, last + 1):
             log.train(step, RECORD | {"loss": 2.0 / step})
@@ -99,21 +101,34 @@ def test_the_page_shows_the_run_s_tags(address: str, tmp_path: Path) -> None:
     assert not missing, f"the page does not show {missing}"
 
 
+def test_curves_are_one_line_after_three_restarts(address: str) -> None:
+    with urllib.request.urlopen(f"{address}data/plugin/scalars/scalars?run=.&tag=train%2Floss") as answer:
+        steps = [step for _, step, _ in json.load(answer)]
+    assert steps == list(range(1, 51))
+
+
+def test_the_dashboard_s_page_groups_the_curves_and_draws_them(address: str, tmp_path: Path) -> None:
+    with urllib.request.urlopen(f"{address}data/plugin/custom_scalars/layout") as answer:
+        page = {section["title"]: section["chart"] for section in json.load(answer)["category"]}
+    assert len(page) == 5
+    assert [chart["title"] for chart in page["2. How fast is it?"]][-1] == "model FLOPs utilisation"
+    assert _drawn(f"{address}#custom_scalars", (255, 112, 67), tmp_path) > 1000
+
+
 def test_the_page_draws_the_curves(address: str, tmp_path: Path) -> None:
+    assert _drawn(f"{address}{FILTER}", (66, 80, 102), tmp_path) > 300
+
+
+def _drawn(url: str, color: tuple[int, int, int], folder: Path) -> int:
+    """Count the pixels of about the colour that TensorBoard gives the first run, right of the list of runs."""
     from PIL import Image
 
-    picture, drawn = tmp_path / "page.png", 0
+    picture, drawn = folder / "page.png", 0
     for attempt in range(5):  # cards are filled when they come into view: a picture may be taken before that
-        _browse(f"{address}{FILTER}", f"--screenshot={picture}", profile=tmp_path / f"profile{attempt}")
+        _browse(url, f"--screenshot={picture}", profile=folder / f"profile{attempt}")
         with Image.open(picture) as image:
-            cards = image.convert("RGB").crop((320, 0, 1240, image.height))  # right of the list of runs
-        drawn = sum(count for count, color in cards.getcolors(maxcolors=1 << 24) or [] if _is_curve(color))
+            pixels = np.asarray(image.convert("RGB").crop((370, 80, 1240, image.height))).astype(int)
+        drawn = int((np.abs(pixels - color).sum(axis=-1) < 12).sum())
         if drawn > 300:
             break
-    assert drawn > 300, f"{drawn} pixels of the curves' colour"
-
-
-def _is_curve(color: object) -> bool:
-    """Say whether a pixel has the colour TensorBoard gives the first run."""
-    assert isinstance(color, tuple)
-    return sum(abs(a - b) for a, b in zip(color, (66, 80, 102), strict=True)) < 12
+    return drawn
