@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data_pipeline.annotations import ANNOTATIONS_EXTENSION, DETECTION_MEMBERS, AnnotatedPicture, read_annotations
+from data_pipeline.annotations import (
+    ANNOTATIONS_EXTENSION,
+    DETECTION_MEMBERS,
+    AnnotatedPicture,
+    picture_problems,
+    read_annotations,
+)
 from data_pipeline.batch import DetectionBatch
 from data_pipeline.decode import DecodeError, decode_rgb, picture
 from data_pipeline.detection_views import DetectionAugmentConfig, View, evaluation_views, training_view
@@ -222,26 +228,25 @@ def categories(shards: ShardSet) -> list[dict[str, Any]]:
     return lists[0] if lists else []
 
 
-def ground_truth(shards: ShardSet) -> dict[str, Any]:
+def ground_truth(shards: ShardSet, num_classes: int) -> dict[str, Any]:
     """Return a set's objects as a COCO data set, to be measured against; reads the json members, not the pictures.
 
     Boxes, areas and masks are the source's own; annotations are numbered anew from 1, since COCOeval takes an id of 0
-    for none. Labels of shards without categories become ids from 1. Raises DecodeError.
+    for none. Labels of shards without categories become ids from 1. Raises DecodeError, also for what is wrong with an
+    object: a mask that is no run-length code can keep COCO's tools busy for ever.
     """
-    known = categories(shards)
+    known = categories(shards) or [{"id": label + 1, "name": str(label)} for label in range(num_classes)]
     images, annotations = [], []
-    highest = -1
     for sample in range(len(shards)):
         p = _annotations(shards, sample)
+        if problems := picture_problems(p, num_classes):
+            raise DecodeError(f"{'; '.join(problems[:3])}: pack the validation set anew (`mvit data check` lists all)")
         images.append({"id": p.image_id, "file_name": p.file_name, "height": p.height, "width": p.width})
         for a in p.annotations:
-            highest = max(highest, a.label)
             mask = {} if a.segmentation is None else {"segmentation": a.segmentation}
-            category = known[a.label]["id"] if known else a.label + 1
-            facts = {"id": len(annotations) + 1, "image_id": p.image_id, "category_id": category}
+            facts = {"id": len(annotations) + 1, "image_id": p.image_id, "category_id": known[a.label]["id"]}
             facts |= {"bbox": list(a.bbox), "area": a.area, "iscrowd": int(a.is_crowd)}
             annotations.append(facts | mask)
-    known = known or [{"id": label + 1, "name": str(label)} for label in range(highest + 1)]
     return {"images": images, "annotations": annotations, "categories": known}
 
 

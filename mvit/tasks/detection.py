@@ -1,6 +1,7 @@
 """Detection and instance segmentation: MViTv2 with a feature pyramid and (Cascade) Mask R-CNN (paper section 5.2)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,18 @@ class Detection:
         return model(self._normalised(batch.images, dtype), batch.sizes, [Target(*row) for row in rows])
 
     def predict(self, model: Forward, batch: DetectionBatch, *, dtype: torch.dtype) -> list[Detections]:
-        """Return what is found in each picture: in pixels of the batch, of several views in those of the original."""
+        """Return what is found in each picture: in pixels of the batch, of several views in those of the original.
+
+        Pictures are computed one after the other, each with its own padding: what is found in one depends on no other,
+        nor does the AP on how they are put into batches.
+        """
         if batch.all_views is None:
-            return model(self._normalised(batch.images, dtype), batch.sizes)
+            found: list[Detections] = []
+            unit = self._inputs.size_divisibility
+            for image, (height, width) in zip(batch.images, batch.sizes.tolist(), strict=True):
+                padded = image[None, :, : height + -height % unit, : width + -width % unit]
+                found += model(self._normalised(padded, dtype), [(height, width)])
+            return found
         assert isinstance(model, Detector)  # an engine has no need of it: evaluations in training are plain
         rows = zip(batch.views, batch.original_sizes.tolist(), strict=True)
         return [detect_in_views(model, self._looks(views, dtype), (height, width)) for views, (height, width) in rows]
@@ -129,7 +139,8 @@ class Detection:
                 cache_dir=data.cache_dir,
                 cache_gib=data.cache_gib,
                 required=self._config.required_members,
-            )
+            ),
+            self._config.model.num_classes,
         )
 
     def preview(self, batch: DetectionBatch, *, seed: int, limit: int) -> Tensor:
@@ -144,12 +155,12 @@ class Detection:
         masks = batch.masks or (None,) * len(batch)
         shown = []
         rows = zip(predictions, batch.images, batch.boxes, batch.labels, masks, strict=True)
-        for found, image, boxes, labels, true_masks in rows:
+        for found, image, boxes, labels, true_masks in islice(rows, limit):
             sure = found.scores >= _SHOWN_SCORE
             pasted = None if found.masks is None else found.pasted()[sure]
             drawn = draw_objects(image, found.boxes[sure], found.labels[sure], pasted, found.scores[sure])
             shown.append(torch.cat((drawn, draw_objects(image, boxes, labels, true_masks)), dim=2))
-        return torch.stack(shown[:limit]).float() / 255
+        return torch.stack(shown).float() / 255
 
     def _normalised(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         return normalize_pixels(images, self._inputs).to(dtype)

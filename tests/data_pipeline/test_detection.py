@@ -1,6 +1,7 @@
 """Pictures with objects: boxes and masks stay right through every augmentation, and batches are exact."""
 
 import pickle
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -345,8 +346,17 @@ def test_an_evaluation_sees_every_picture_once_and_pads_with_weight_0(shards: Sh
 
 
 def test_the_ground_truth_of_bare_shards_is_a_coco_data_set(shards: ShardSet) -> None:
-    truth = ground_truth(shards)
+    truth = ground_truth(shards, num_classes=3)
     assert [image["id"] for image in truth["images"]] == [1, 2, 3, 4, 5, 6, 7]
     assert [a["id"] for a in truth["annotations"]] == [1, 2, 3, 4, 5, 6]
-    assert truth["categories"] == [{"id": 1, "name": "0"}, {"id": 2, "name": "1"}]
+    assert truth["categories"] == [{"id": n + 1, "name": str(n)} for n in range(3)], "the model may find the third"
     assert categories(shards) == []
+    with pytest.raises(DecodeError, match=r"label 1, allowed: 0 to 0.*mvit data check"):
+        ground_truth(shards, num_classes=1)
+
+
+def test_a_mask_that_is_no_code_is_named_instead_of_keeping_the_metric_busy_for_ever(tmp_path: Path) -> None:
+    broken = replace(annotation(blob(60, 80, 1), 4), segmentation={"size": [60, 80], "counts": "?"})
+    shards = open_shards(write_shards(tmp_path, [scene(0, 1), sample([broken])], 2), required=DETECTION_MEMBERS)
+    with pytest.raises(DecodeError, match=r"annotation 4 of image 1 .* broken RLE '\?'"):
+        ground_truth(shards, num_classes=2)

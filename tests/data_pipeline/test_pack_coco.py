@@ -52,7 +52,7 @@ def test_pictures_and_objects_come_out_as_they_went_in(coco: tuple[Path, Path], 
     shards = open_shards(split.folder, required=DETECTION_MEMBERS)
     assert categories(shards) == [{"id": 3, "name": "dog", "supercategory": "animal"}, {"id": 7, "name": "cat"}]
     source = json.loads(coco[1].read_text())
-    truth = ground_truth(shards)
+    truth = ground_truth(shards, num_classes=2)
     by_image = {
         image["id"]: [a for a in source["annotations"] if a["image_id"] == image["id"]] for image in source["images"]
     }

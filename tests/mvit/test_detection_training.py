@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import mvit
 from data_pipeline.pack import PackOptions, pack
 from data_pipeline.pack_coco import ANNOTATED_PICTURES
+from data_pipeline.reads import Item
 from data_pipeline.sources import SourceData
 from data_pipeline.sources.shapes import read_shapes
 from data_pipeline.synthetic import SyntheticBatches
@@ -21,6 +22,7 @@ from mvit.distributed import RankInfo
 from mvit.export import export_weights, load_model
 from mvit.run_data import open_data
 from mvit.tasks import create_task
+from tests.data_pipeline.scenes import png
 from tests.mvit.test_training import _train, _train_and_die, records
 from tests.ranks import run_distributed, run_until_killed
 
@@ -165,3 +167,20 @@ def test_a_wrong_number_of_classes_is_refused_before_the_start(shapes: Path, tmp
 def test_masks_in_one_section_only_are_refused(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"detector.masks = False, but detection.masks = True"):
         detection_config(shapes, tmp_path, detector={"masks": False})
+
+
+def test_what_is_found_in_a_picture_depends_on_no_other_of_its_batch(shapes: Path, tmp_path: Path) -> None:
+    config = detection_config(shapes, tmp_path)
+    task = create_task(config)
+    torch.manual_seed(0)
+    model = task.build_model().eval()
+    transform = task.transform(train=False)
+    encoded = [png(1, 48, 64), png(2, 96, 40)]
+    items = [Item(transform.unlabelled(data), number, str(number), 1.0) for number, data in enumerate(encoded)]
+    with torch.no_grad():
+        together = task.predict(model, task.collate(items), dtype=torch.float32)
+        alone = [task.predict(model, task.collate([item]), dtype=torch.float32)[0] for item in items]
+    for one, other in zip(together, alone, strict=True):
+        assert len(one) > 0
+        assert torch.equal(one.boxes, other.boxes)
+        assert torch.equal(one.scores, other.scores)

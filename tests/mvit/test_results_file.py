@@ -72,9 +72,8 @@ def test_pycocotools_reads_the_file_and_finds_the_figures_that_were_printed(
     assert main(["evaluate", str(recipe), *words, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert 0.1 < figures["mask_ap"] < figures["box_ap50"] < 1
-    truth.write_text(
-        json.dumps({"info": {}} | ground_truth(open_shards(tmp_path / "shards", required=DETECTION_MEMBERS)))
-    )
+    shards = open_shards(tmp_path / "shards", required=DETECTION_MEMBERS)
+    truth.write_text(json.dumps({"info": {}} | ground_truth(shards, config.model.num_classes)))
 
     box = _by_pycocotools(truth, results, "bbox")
     assert box == pytest.approx([figures[f"box_{name}"] for name in FIGURES], abs=1e-6)
