@@ -16,6 +16,7 @@ from launcher.plan_command import add_plan
 from launcher.predict_command import add_predict
 from launcher.recipe_commands import add_config, add_recipes
 from launcher.run_arguments import add_doctor, add_runs
+from launcher.weights_command import add_weights
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,6 +81,7 @@ def _add_results(group: "argparse._SubParsersAction") -> None:
     add_config(group)
     add_evaluate(group)
     add_export(group)
+    add_weights(group)
 
 
 def _add_checkpoints(group: "argparse._SubParsersAction") -> None:

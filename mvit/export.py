@@ -21,6 +21,7 @@ from mvit.tasks import create_task
 
 Format = Literal["safetensors", "timm", "facebook", "torch"]
 Progress = Callable[[int, int], None]
+WEIGHTS_NAME = "model.safetensors"  # in a folder, as Hugging Face calls it
 # format → the suffixes it may have; a suffix alone stands for the first format here that has it
 _SUFFIXES: dict[str, tuple[str, ...]] = {
     "safetensors": (".safetensors",),
@@ -57,8 +58,8 @@ def export_weights(
     """
     source, out = Path(source), Path(out)
     format = _checked_format(format, out)
-    _refuse_existing(out, overwrite)
-    manifest = read_manifest(_find_checkpoint(source, step))
+    refuse_existing(out, overwrite)
+    manifest = read_manifest(find_checkpoint(source, step))
     if ema and not manifest.has_ema:
         raise CheckpointError(
             f"{manifest.path}: holds no moving average; train with optim.ema_decay, or leave the option out"
@@ -76,7 +77,7 @@ def export_weights(
         if verify:
             check_tensors(part, free_each(whole_state(manifest.path, ema=ema)), names, count)
             check_logits(part, manifest, ema=ema, timm=format == "timm", load=load_model)
-        _refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite)
         os.replace(part, out)
     handle = os.open(out.parent, os.O_RDONLY)
     try:
@@ -89,21 +90,27 @@ def export_weights(
 def load_model(path: str | Path) -> nn.Module:
     """Build the model that an exported .safetensors file belongs to and load its weights, in evaluation mode.
 
-    The file carries the recipe it was trained with. Raises ValueError for a file that `mvit export` did not write.
+    The file, or the folder that holds it, carries the recipe it was trained with. Raises ValueError for one that
+    `mvit export` did not write.
     """
+    path = _weights_file(path)
     task = create_task(exported_config(path))
     model = build_to_fill(task)
     task.load_weights(model, path)
     return model.eval()
 
 
+def _weights_file(path: str | Path) -> Path:
+    return Path(path) / WEIGHTS_NAME if Path(path).is_dir() else Path(path)
+
+
 def exported_config(path: str | Path) -> RunConfig:
-    """Read the recipe that an exported .safetensors file carries.
+    """Read the recipe that an exported .safetensors file, or the folder that holds it, carries.
 
     Raises ValueError for a file that `mvit export` did not write.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(_weights_file(path), "pt") as file:
             config = json.loads((file.metadata() or {})["config"])
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
@@ -132,14 +139,15 @@ def _checked_format(format: str | None, out: Path) -> Format:
     return cast(Format, format)
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raise ValueError for a folder, and for a file that is there without `overwrite`."""
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name the file to write")
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: exists already; name another file, or replace it with overwrite (--overwrite)")
 
 
-def _find_checkpoint(source: Path, step: int | None) -> Path:
+def find_checkpoint(source: Path, step: int | None) -> Path:
     """Return the checkpoint folder to export, every byte verified."""
     if (source / "manifest.json").is_file():
         path, found = source, read_manifest(source).step

@@ -46,7 +46,7 @@ def check_logits(path: Path, manifest: Manifest, *, ema: bool, timm: bool, load:
     config = parse_config(manifest.state["config"], source=str(manifest.path))
     task = create_task(config)
     with torch.random.fork_rng(devices=[]):
-        expected = task.answer(_own(task, manifest, ema).eval())
+        expected = task.answer(build_own(task, manifest, ema).eval())
         gc.collect()
         return_freed_memory()
         found = task.answer(_consumers(path, task, config, timm, load).eval())
@@ -79,7 +79,8 @@ def build_to_fill(task: Task) -> nn.Module:
     return model.to_empty(device="cpu")
 
 
-def _own(task: Task, manifest: Manifest, ema: bool) -> nn.Module:
+def build_own(task: Task, manifest: Manifest, ema: bool) -> nn.Module:
+    """Build the model of a checkpoint; raise CheckpointError if its config describes another."""
     model = build_to_fill(task)
     state = model.state_dict()
     if state.keys() != {*manifest.shapes, *manifest.buffers}:

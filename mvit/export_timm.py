@@ -36,24 +36,34 @@ def timm_names(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     return names_for(shapes, "timm")
 
 
+def timm_architecture(config: RunConfig) -> str | None:
+    """Return the name under which timm builds a run's model, None if it has none."""
+    import timm
+
+    model = config.model
+    variant = model.resolved_variant()
+    published = (
+        variant == VARIANTS[model.variant]
+        and (model.expand or variant.expand) == variant.expand
+        and model.relative_positions
+        and model.residual_pooling
+        and not model.absolute_positions
+        and not model.class_token
+    )
+    return model.variant if published and timm.is_model(model.variant) else None  # no huge without a class token
+
+
 def build_timm(config: RunConfig) -> nn.Module:
     """Build timm's model of a run: a published `mvitv2_*` where it is one, else its class with the run's sizes."""
     import timm
     from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 
     model, size = config.model, config.image.image_size
+    name = timm_architecture(config)
+    if name is not None:
+        return timm.create_model(name, num_classes=model.num_classes, img_size=size)
     variant = model.resolved_variant()
     expand = model.expand or variant.expand
-    published = (
-        variant == VARIANTS[model.variant]
-        and expand == variant.expand
-        and model.relative_positions
-        and model.residual_pooling
-        and not model.absolute_positions
-        and not model.class_token
-    )
-    if published and timm.is_model(model.variant):  # it has no huge without a class token
-        return timm.create_model(model.variant, num_classes=model.num_classes, img_size=size)
     sizes = MultiScaleVitCfg(
         depths=variant.depths,
         embed_dim=tuple(variant.embed_dim * 2**stage for stage in range(len(variant.depths))),

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from data_pipeline.settings import Settings
+from mvit.model.block import DropPath
 from mvit.model.convert import layer_index
 
 
@@ -35,6 +36,9 @@ class OptimConfig(Settings):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Each layer nearer the input learns this factor slower; 1 treats all alike. A detector's pyramid and heads
     count as the layer nearest the output, as a classifier's head does (ViTDet)."""
+    freeze: Literal["none", "backbone"] | Annotated[int, Field(gt=0)] = "none"
+    """What keeps the weights it starts from: the patch embedding and so many blocks from the input, or "backbone", all
+    but the classifier (a linear probe) or a detector's pyramid and heads. Frozen blocks have no drop path."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the fp32 weights with this decay per step."""
 
@@ -54,11 +58,34 @@ def _is_position(name: str) -> bool:
     return leaf.startswith(("rel_pos", "pos_embed")) or leaf == "cls_token"
 
 
+def freeze(model: nn.Module, config: OptimConfig, *, depth: int) -> None:
+    """Take the gradients from the parameters that `config.freeze` names, and drop path from their blocks.
+
+    `depth` is the number of blocks. What is frozen already stays so. Raises ValueError for more blocks than there are.
+    """
+    if config.freeze == "none":
+        return
+    if config.freeze != "backbone" and config.freeze > depth:
+        raise ValueError(
+            f"optim.freeze = {config.freeze}: the model has {depth} blocks; give 1 to {depth}, or backbone"
+        )
+    last = depth if config.freeze == "backbone" else config.freeze
+    for name, parameter in model.named_parameters():
+        final_norm = config.freeze == "backbone" and name.startswith("norm.")
+        if final_norm or layer_index(name, depth) <= last:
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, DropPath) and layer_index(name, depth) <= last:
+            module.rate = 0.0
+
+
 def parameter_groups(model: nn.Module, config: OptimConfig, *, depth: int) -> list[ParameterGroup]:
-    """Split the trainable parameters into groups, by name and dimension.
+    """Freeze what `config.freeze` says, and split the trainable parameters into groups, by name and dimension.
 
     `depth` is the number of blocks. Call before ZeRO touches the model: afterwards a sharded parameter has no shape.
+    Raises ValueError if nothing is left to train.
     """
+    freeze(model, config, depth=depth)
     members: dict[tuple[bool, int], list[str]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

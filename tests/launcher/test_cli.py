@@ -30,6 +30,7 @@ COMMANDS = [
     ["evaluate"],
     ["export"],
     ["predict"],
+    ["weights", "inspect"],
     ["plan"],
     ["checkpoint", "list"],
     ["checkpoint", "verify"],

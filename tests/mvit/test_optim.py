@@ -8,6 +8,7 @@ from torch import nn
 
 from mvit.detection.config import DetectionConfig, DetectorKind
 from mvit.detection.detector import create_detector
+from mvit.model.block import DropPath
 from mvit.optim import OptimConfig, build_optimizer, parameter_groups
 from mvit.variants import Variant, create_backbone, create_model
 
@@ -117,3 +118,42 @@ def test_adamw_gets_the_groups_under_their_names() -> None:
         ("no_decay", 0.0, (0.8, 0.9), 1e-6),
         ("decay", 0.2, (0.8, 0.9), 1e-6),
     ]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "starts"),
+    [
+        (1, ("patch_embed.", "cls_token", "pos_embed", "blocks.0.")),
+        (3, ("patch_embed.", "cls_token", "pos_embed", "blocks.0.", "blocks.1.", "blocks.2.")),
+        ("backbone", ("patch_embed.", "cls_token", "pos_embed", "blocks.", "norm.")),
+    ],
+)
+def test_what_is_frozen_is_in_no_group_and_drops_no_path(frozen: Any, starts: tuple[str, ...]) -> None:
+    with torch.device("meta"):
+        model = create_model(
+            TINY, num_classes=3, input_size=(32, 32), class_token=True, absolute_positions=True, drop_path=0.5
+        )
+    groups = parameter_groups(model, OptimConfig(freeze=frozen, layer_decay=0.5), depth=4)
+    trained = {name for group in groups for name in group.parameter_names}
+    names = dict(model.named_parameters()).keys()
+    assert trained == {name for name in names if not name.startswith(starts)}
+    rates = {name: module.rate for name, module in model.named_modules() if isinstance(module, DropPath)}
+    assert rates["blocks.3.drop_path"] == (0 if frozen == "backbone" else 0.5)
+    assert all(rate == 0 for name, rate in rates.items() if name.startswith(starts))
+
+
+def test_a_detector_s_frozen_backbone_leaves_the_pyramid_and_the_heads_to_train() -> None:
+    with torch.device("meta"):
+        backbone = create_backbone(TINY, hybrid_window=True)
+        model = create_detector(backbone, "mask_rcnn", 2, DetectionConfig())
+    groups = parameter_groups(model, OptimConfig(freeze="backbone"), depth=4)
+    trained = {name for group in groups for name in group.parameter_names}
+    assert trained
+    assert not [name for name in trained if ".blocks." in name or ".patch_embed." in name]
+    assert [name for name in trained if "fpn" in name or "rpn" in name]
+
+
+@pytest.mark.parametrize("frozen", [5, 0, -1, "head"])
+def test_more_blocks_than_there_are_cannot_be_frozen(frozen: Any) -> None:
+    with pytest.raises(ValueError, match=r"freeze"):
+        parameter_groups(_model(), OptimConfig(freeze=frozen), depth=4)
