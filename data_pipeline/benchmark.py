@@ -1,28 +1,43 @@
-"""Measure the training pipeline's speed per CPU-second, beside the usual PIL and torchvision one on the same shards."""
+"""Measure pipelines of training samples per CPU-second, side by side on the same shards, and what a device waits."""
 
-import io
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import cv2
-import numpy as np
 import psutil
 import torch
-from PIL import Image
-from torchvision import transforms
 
-from data_pipeline.decode import class_label, picture
-from data_pipeline.image import ImageConfig, ImageTransform, collate_images, rand_augment
 from data_pipeline.loader import DataConfig, TrainLoader
-from data_pipeline.reads import Collate, Item, Transform
-from data_pipeline.seeding import seeded
+from data_pipeline.reads import Collate, Transform
 from data_pipeline.shards import ShardSet
 
-Pipeline = tuple[Transform, Collate]
+
+class Reading(NamedTuple):
+    """What a pipeline is asked for."""
+
+    shards: ShardSet
+    workers: int
+    batch_size: int
+    seed: int
+
+
+Opens = Callable[[Reading], AbstractContextManager[Iterator[Any]]]
+"""Starts a pipeline: endless batches, and its processes gone at the end."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A pipeline under its name; ours are compared with the peers of the same `augmentation` and all references."""
+
+    name: str
+    opens: Opens
+    role: Literal["ours", "peer", "reference", "other"] = "ours"
+    augmentation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,122 +45,138 @@ class DataBenchRow:
     """One pipeline with one number of workers; medians over the rounds."""
 
     pipeline: str
+    augmentation: str | None
     workers: int
     samples_per_cpu_second: float
     """Of all processes together: what a core of the machine is worth."""
     samples_per_second: float
     """Wall clock: suffers from whatever else the machine does."""
-    ratio: float
-    """samples_per_cpu_second over that of the first pipeline, torchvision's, with as many workers."""
+    ratios: dict[str, float]
+    """Ours only: samples_per_cpu_second over that of each peer and reference with as many workers."""
 
 
-class TorchvisionTransform:
-    """The usual pipeline of torchvision and timm: PIL, bicubic crop, flip, RandAugment, float32, normalised."""
+@dataclass(frozen=True)
+class FeedRow:
+    """How long a device that takes `samples_per_second` waits for its data."""
 
-    def __init__(self, config: ImageConfig) -> None:
-        mode = transforms.InterpolationMode(config.interpolation)
-        self._image_size = config.image_size
-        self._crop = transforms.RandomResizedCrop(config.image_size, config.crop_scale, config.crop_ratio, mode)
-        self._flip = transforms.RandomHorizontalFlip(config.hflip_prob)
-        self._augment = rand_augment(config.model_copy(update={"decoder": "pil"}))
-        self._finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(config.mean, config.std)])
-
-    def __call__(self, members: dict[str, bytes], seed: int) -> tuple[torch.Tensor, int]:
-        with seeded(seed, torch.device("cpu")):
-            image = self._flip(self._crop(Image.open(io.BytesIO(picture(members))).convert("RGB")))
-        if self._augment is not None:
-            image = Image.fromarray(self._augment(np.asarray(image), seed))
-        pixels: Any = self._finish(image)
-        return pixels, class_label(members)
-
-    def padding(self) -> tuple[torch.Tensor, int]:
-        """Return the example that fills up an evaluation batch."""
-        return torch.zeros(3, *self._image_size), 0
+    workers: int
+    samples_per_second: float
+    wait_share: float
+    """Part of the time; 0 is a device that never waits."""
 
 
-class UndecodedTransform:
-    """Read the members and do nothing: the speed of the shards alone."""
+def through_loader(transform: Transform, collate: Collate) -> Opens:
+    """Return what reads, transforms and collates as training does."""
 
-    def __call__(self, members: dict[str, bytes], seed: int) -> int:
-        del seed
-        return class_label(members)
+    @contextmanager
+    def opened(reading: Reading) -> Iterator[Iterator[Any]]:
+        loader = TrainLoader(
+            reading.shards,
+            transform,
+            collate,
+            DataConfig(num_workers=reading.workers, pin_memory=False),
+            seed=reading.seed,
+            global_batch_size=reading.batch_size,
+            micro_batch_size=reading.batch_size,
+            rank=0,
+            world_size=1,
+        )
+        try:
+            yield loader.start()
+        finally:
+            loader.close()
 
-    def padding(self) -> int:
-        """Return a label."""
-        return 0
-
-
-def image_pipelines(config: ImageConfig) -> dict[str, Pipeline]:
-    """Return the pipelines by name, the one that all others are compared with first."""
-    return {
-        "torchvision, PIL, float32": (TorchvisionTransform(config), _stack),
-        f"ours, {config.decoder}, uint8": (ImageTransform(config, train=True), collate_images),
-        "ours, reading only": (UndecodedTransform(), _labels),
-    }
+    return opened
 
 
 def bench_data(
     shards: ShardSet,
-    pipelines: Mapping[str, Pipeline],
+    contenders: Sequence[Contender],
     workers: Sequence[int] = (0,),
     *,
     batch_size: int = 50,
     num_batches: int = 10,
     rounds: int = 3,
 ) -> list[DataBenchRow]:
-    """Run the pipelines in turn, `rounds` times each, over `num_batches` batches of `batch_size`; return medians.
+    """Run the contenders in turn, `rounds` times each, over `num_batches` batches of `batch_size`; return medians.
 
-    All pipelines read through the same index (reading is a few per cent of the work and has its own row). CPU time
-    covers this process and the workers. One thread per process.
+    CPU time covers this process and the workers. One thread per process.
     """
+    rates: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    with _one_thread():
+        for seed in range(rounds):
+            for count in workers:
+                for place, contender in enumerate(contenders):
+                    rate = _measure(contender.opens, Reading(shards, count, batch_size, seed), num_batches)
+                    rates.setdefault((place, count), []).append(rate)
+    medians = {key: [statistics.median(each) for each in zip(*found, strict=True)] for key, found in rates.items()}
+    rows = []
+    for (place, count), (by_cpu, by_clock) in medians.items():
+        ours = contenders[place]
+        ratios = {
+            other.name: by_cpu / medians[at, count][0]
+            for at, other in enumerate(contenders)
+            if ours.role == "ours"
+            and (other.role == "reference" or (other.role == "peer" and other.augmentation == ours.augmentation))
+        }
+        rows.append(DataBenchRow(ours.name, ours.augmentation, count, by_cpu, by_clock, ratios))
+    return rows
+
+
+def bench_feed(
+    shards: ShardSet,
+    contender: Contender,
+    workers: Sequence[int],
+    samples_per_second: float,
+    *,
+    batch_size: int = 50,
+    num_batches: int = 40,
+) -> list[FeedRow]:
+    """Take batches as a device does that computes for batch_size / samples_per_second s; return its waiting.
+
+    Batches that were prepared before the measurement are taken first, so that they cannot hide a want of workers.
+    """
+    rows = []
+    compute_s = batch_size / samples_per_second
+    with _one_thread():
+        for count in workers:
+            with contender.opens(Reading(shards, count, batch_size, 0)) as stream:
+                waited = total = 0.0
+                prepared = 2 + 2 * DataConfig().prefetch * count
+                for number in range(prepared + num_batches):
+                    start = time.perf_counter()
+                    next(stream)
+                    got = time.perf_counter()
+                    time.sleep(compute_s)
+                    if number >= prepared:
+                        waited, total = waited + got - start, total + time.perf_counter() - start
+            rows.append(FeedRow(count, samples_per_second, waited / total))
+    return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    rates: dict[tuple[str, int], list[tuple[float, float]]] = {}
     try:
-        for number in range(rounds):
-            for count in workers:
-                for name, (transform, collate) in pipelines.items():
-                    rate = _measure(shards, transform, collate, count, batch_size, num_batches, seed=number)
-                    rates.setdefault((name, count), []).append(rate)
+        yield
     finally:
         torch.set_num_threads(threads[0])
         cv2.setNumThreads(threads[1])
-    medians = {
-        key: tuple(statistics.median(values) for values in zip(*found, strict=True)) for key, found in rates.items()
-    }
-    usual = next(iter(pipelines))
-    return [
-        DataBenchRow(name, count, by_cpu, by_clock, by_cpu / medians[usual, count][0])
-        for (name, count), (by_cpu, by_clock) in medians.items()
-    ]
 
 
-def _measure(
-    shards: ShardSet, transform: Transform, collate: Collate, workers: int, batch_size: int, num_batches: int, seed: int
-) -> tuple[float, float]:
-    """Return (samples per CPU-second, samples per second) of a warm loader, drained as fast as it gives."""
-    loader = TrainLoader(
-        shards,
-        transform,
-        collate,
-        DataConfig(num_workers=workers, pin_memory=False),
-        seed=seed,
-        global_batch_size=batch_size,
-        micro_batch_size=batch_size,
-        rank=0,
-        world_size=1,
-    )
-    stream = loader.start()
-    # What is measured only takes batches, so the queues are as good as empty at both ends of the measurement.
-    for _ in islice(stream, 1 + 2 * workers):
-        pass
-    cpu, clock = _cpu_seconds(), time.perf_counter()
-    for _ in islice(stream, num_batches):
-        pass
-    cpu, clock = _cpu_seconds() - cpu, time.perf_counter() - clock
-    loader.close()
-    samples = batch_size * num_batches
+def _measure(opens: Opens, reading: Reading, num_batches: int) -> tuple[float, float]:
+    """Return (samples per CPU-second, samples per second) of a warm pipeline, drained as fast as it gives."""
+    with opens(reading) as stream:
+        # What is measured only takes batches, so the queues are as good as empty at both ends of the measurement.
+        for _ in islice(stream, 1 + 2 * reading.workers):
+            pass
+        cpu, clock = _cpu_seconds(), time.perf_counter()
+        for _ in islice(stream, num_batches):
+            pass
+        cpu, clock = _cpu_seconds() - cpu, time.perf_counter() - clock
+    samples = reading.batch_size * num_batches
     return samples / max(cpu, 1e-9), samples / clock
 
 
@@ -153,11 +184,3 @@ def _cpu_seconds() -> float:
     """Return the CPU time of this process and all living descendants (workers are children of the fork server)."""
     workers = psutil.Process().children(recursive=True)
     return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in workers)
-
-
-def _stack(items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.stack([item.example[0] for item in items]), torch.tensor([item.example[1] for item in items])
-
-
-def _labels(items: Sequence[Item]) -> np.ndarray:
-    return np.array([item.example for item in items])

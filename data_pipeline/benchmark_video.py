@@ -14,33 +14,44 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from data_pipeline.benchmark import Pipeline
+from data_pipeline.benchmark import Contender, through_loader
+from data_pipeline.benchmark_peers import check_peers
 from data_pipeline.decode import class_label
 from data_pipeline.reads import Item
 from data_pipeline.seeding import seeded
 from data_pipeline.video import VideoConfig, VideoTransform, collate_videos
 from data_pipeline.video_decode import video_member
 
-REFERENCE = "PyAV, torchvision"
+_PLAIN = "no RandAugment"
+VIDEO_PEERS = ("pyav", "torchcodec", "decord")
 
 
-def clip_pipelines(config: VideoConfig) -> dict[str, Pipeline]:
-    """Return the pipelines by name, the one that all others are compared with first; peers as far as installed."""
+def clip_contenders(config: VideoConfig, against: Sequence[str] | None = None) -> list[Contender]:
+    """Return ours, the peers (None: all that are installed) and bare decoding; RandAugment is a row of its own.
+
+    Raises ValueError for a peer that is none or is not installed.
+    """
+    check_peers(against or (), VIDEO_PEERS)
+    missing = [name for name in against or () if not _is_usable(name)]
+    if missing:
+        raise ValueError(f"--against {', '.join(missing)}: not installed, or without the libraries it needs")
     plain = config.model_copy(update={"rand_augment": None, "crop": "area"})
-    pipelines: dict[str, Pipeline] = {REFERENCE: (_Peer(plain, _by_pyav), _stack)}
-    for name, read in (("torchcodec", _by_torchcodec), ("decord", _by_decord)):
-        if _is_usable(name):
-            pipelines[f"{name}, torchvision"] = (_Peer(plain, read), _stack)
-    pipelines[f"ours, {config.decoder}"] = (VideoTransform(plain, train=True), collate_videos)
+    found = []
+    for name, read in zip(VIDEO_PEERS, (_by_pyav, _by_torchcodec, _by_decord), strict=True):
+        if name in against if against is not None else _is_usable(name):
+            found.append(Contender(name, through_loader(_Peer(plain, read), _stack), "peer", _PLAIN))
+    ours = f"mvit ({config.decoder})"
+    found.append(Contender(ours, through_loader(VideoTransform(plain, train=True), collate_videos), "ours", _PLAIN))
     if config.rand_augment is not None:
-        pipelines[f"ours, {config.decoder}, RandAugment"] = (VideoTransform(config, train=True), collate_videos)
-    pipelines["decoding to the clip's end alone"] = (_BareDecoding(plain), _stack)
-    return pipelines
+        augmented = through_loader(VideoTransform(config, train=True), collate_videos)
+        found.append(Contender(ours, augmented, "ours", "RandAugment"))
+    bare = through_loader(_BareDecoding(plain), _stack)
+    return [*found, Contender("decoding to the clip's end alone", bare, "reference")]
 
 
 def _is_usable(name: str) -> bool:
     try:
-        __import__({"torchcodec": "torchcodec.decoders"}.get(name, name))
+        __import__({"torchcodec": "torchcodec.decoders", "pyav": "av"}.get(name, name))
     except (ImportError, RuntimeError, OSError):
         return False
     return True

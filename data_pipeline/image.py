@@ -25,7 +25,7 @@ from data_pipeline.reads import Item
 if TYPE_CHECKING:
     from data_pipeline.augment import RandAugment
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class ImageConfig(AugmentConfig):
@@ -88,7 +88,7 @@ def rand_augment(config: ImageConfig) -> "RandAugment | None":
         return None
     from data_pipeline.augment import RandAugment
 
-    resample, exact = _RESAMPLING[config.interpolation], config.decoder == "pil"
+    resample, exact = RESAMPLING[config.interpolation], config.decoder == "pil"
     return RandAugment(config.rand_augment, config.image_size, config.mean, resample, exact=exact)
 
 
@@ -154,13 +154,13 @@ def _random_crop_pil(data: bytes, config: ImageConfig, draws: random.Random) -> 
     image = decode_pil(data)
     top, left, height, width = random_crop_box(image.height, image.width, config.crop_scale, config.crop_ratio, draws)
     crop = image.crop((left, top, left + width, top + height))
-    return np.asarray(crop.resize((config.image_size[1], config.image_size[0]), _RESAMPLING[config.interpolation]))
+    return np.asarray(crop.resize((config.image_size[1], config.image_size[0]), RESAMPLING[config.interpolation]))
 
 
 def _evaluated(data: bytes, config: ImageConfig) -> np.ndarray:
     """Resize and cut out the centre; equal to timm's evaluation transform, whose rounding it follows."""
     image = Image.fromarray(decode_rgb(data))
-    resample = _RESAMPLING[config.interpolation]
+    resample = RESAMPLING[config.interpolation]
     height, width = config.image_size
     if config.full_resize:
         return np.asarray(image.resize((width, height), resample))

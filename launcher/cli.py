@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from launcher import checkpoint_commands as checkpoints
 from launcher import commands
 from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_recipe, add_run_dir
+from launcher.bench_data_command import add_bench_data
 from launcher.bench_model_command import add_bench_model
 from launcher.data_commands import add_data
 from launcher.evaluate_command import add_evaluate
@@ -158,19 +159,7 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
         dest="subcommand", metavar="COMMAND", required=True
     )
     add_bench_model(bench)
-
-    data = add_command(
-        bench,
-        "data",
-        commands.bench_data,
-        "time reading and augmenting a recipe's training shards, beside torchvision's usual pipeline",
-        "mvit bench data configs/demo/digits.yaml --workers 0 2",
-    )
-    data.add_argument("--workers", type=int, nargs="+", default=[0], metavar="N", help="worker processes (0)")
-    data.add_argument("--batch", type=int, metavar="N", help="samples per batch (50; clips: 4)")
-    data.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each (3)")
-    add_recipe(data)
-    add_json(data)
+    add_bench_data(bench)
 
     checkpoint = add_command(
         bench,

@@ -124,37 +124,6 @@ def prove_resume(args: Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
-def bench_data(args: Namespace) -> int:
-    """Time the data pipeline."""
-    from dataclasses import asdict
-
-    import mvit
-    from data_pipeline.benchmark import bench_data, image_pipelines
-    from data_pipeline.shards import open_shards
-
-    recipe = mvit.load_config(args.recipe, args.overrides)
-    if recipe.data.train is None:
-        raise ValueError("data.train is not set: name the shards to read, data.train=shards/train")
-    data, required = recipe.data, recipe.required_members
-    shards = open_shards(recipe.data.train, cache_dir=data.cache_dir, cache_gib=data.cache_gib, required=required)
-    if recipe.task == "video_classification":
-        from data_pipeline.benchmark_video import clip_pipelines
-
-        pipelines, usual_batch = clip_pipelines(recipe.video), 4
-    else:
-        pipelines, usual_batch = image_pipelines(recipe.image), 50
-    rows = bench_data(shards, pipelines, args.workers, batch_size=args.batch or usual_batch, rounds=args.rounds)
-    if args.json:
-        print(json.dumps([asdict(row) for row in rows]))
-        return 0
-    for row in rows:
-        print(
-            f"{row.pipeline}, {row.workers} worker(s): {row.samples_per_cpu_second:.3g} samples per CPU-second, "
-            f"{row.samples_per_second:.3g} per second; {row.ratio:.2f} x {rows[0].pipeline}"
-        )
-    return 0
-
-
 def bench_detection(args: Namespace) -> int:
     """Measure a detector's backbone with each type of attention, and the metric beside pycocotools."""
     from mvit.benchmark_detection import as_dict, bench_attention, bench_metric, show_rows

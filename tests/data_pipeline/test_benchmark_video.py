@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from data_pipeline.benchmark import bench_data
-from data_pipeline.benchmark_video import REFERENCE, _by_pyav, clip_pipelines
+from data_pipeline.benchmark_video import _by_pyav, clip_contenders
 from data_pipeline.pack import PackOptions
 from data_pipeline.pack_video import pack_kinetics
 from data_pipeline.shards import open_shards
@@ -13,17 +15,21 @@ from tests.data_pipeline.clips import clip, scene
 CONFIG = VideoConfig(num_frames=4, frame_stride=4, target_fps=25, image_size=(32, 32), short_side=32)
 
 
-def test_every_pipeline_of_clips_gets_a_row_relative_to_pyavs(tmp_path: Path) -> None:
+def test_every_pipeline_of_clips_gets_a_row_and_ours_are_compared(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.mp4").write_bytes(clip(30))
     (tmp_path / "train.csv").write_text("".join(f"{number}.mp4 {number % 2}\n" for number in range(4)))
     pack_kinetics([tmp_path / "train.csv"], tmp_path / "out", options=PackOptions(workers=1))
     shards = open_shards(str(tmp_path / "out" / "train"), required=VIDEO_MEMBERS)
-    rows = bench_data(shards, clip_pipelines(CONFIG), batch_size=2, num_batches=3, rounds=1)
-    found = {row.pipeline: row for row in rows}
-    assert {REFERENCE, "ours, pyav", "ours, pyav, RandAugment", "decoding to the clip's end alone"} <= set(found)
-    assert found[REFERENCE].ratio == 1.0
+    rows = bench_data(shards, clip_contenders(CONFIG), batch_size=2, num_batches=3, rounds=1)
+    found = {(row.pipeline, row.augmentation): row for row in rows}
+    plain, bare = "no RandAugment", "decoding to the clip's end alone"
+    assert {("pyav", plain), ("mvit (pyav)", plain), ("mvit (pyav)", "RandAugment"), (bare, None)} <= set(found)
+    assert {"pyav", bare} <= set(found["mvit (pyav)", plain].ratios)
+    assert set(found["mvit (pyav)", "RandAugment"].ratios) == {bare}, "peers do without"
     assert all(row.samples_per_cpu_second > 0 for row in rows)
+    with pytest.raises(ValueError, match=r"--against webdataset: .* compared with pyav, torchcodec, decord"):
+        clip_contenders(CONFIG, ["webdataset"])
 
 
 def test_the_peer_s_clip_holds_the_frames_shown_at_its_times() -> None:
