@@ -67,13 +67,13 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> bytes:
     cells = Image.fromarray(colours.round().astype(np.uint8))
     cells = cells.resize((len(binned) * cell, len(binned) * cell), Image.Resampling.NEAREST)
     font = ImageFont.load_default(_LETTER)
-    shown = [name if len(name) <= 24 else f"{name[:23]}…" for name in names] if classes <= _NAMED else []
+    shown = [name if len(name) <= 24 else f"{name[:22]}.." for name in names] if classes <= _NAMED else []
     margin = 2 * _LETTER + int(max((font.getlength(name) for name in shown), default=2 * _LETTER))
     image = Image.new("RGB", (cells.width + margin + _LETTER, cells.height + margin + _LETTER), "white")
     image.paste(cells, (margin, margin))
     pen = ImageDraw.Draw(image)
     pen.rectangle((margin - 1, margin - 1, margin + cells.width, margin + cells.height), outline="black")
-    pen.text((margin, 2), f"taken for → ({classes} classes)", fill="black", font=font)
+    pen.text((margin, 2), f"taken for ({classes} classes)", fill="black", font=font)
     _write_upright(image, "true class", 2, margin + cells.height, font)
     for place, name in enumerate(shown):
         middle = margin + place * cell + cell // 2
