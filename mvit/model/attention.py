@@ -39,12 +39,14 @@ class DepthwisePool(nn.Module):
         conv = F.conv2d if planar else F.conv3d
         channels = maps.shape[1]
         kernel = self.weight.repeat(channels // self.weight.shape[0], *[1] * (self.weight.ndim - 1))
-        maps = maps.contiguous(memory_format=torch.channels_last if planar else torch.channels_last_3d)
+        layout = torch.channels_last if planar else torch.channels_last_3d
         if maps.dtype == torch.bfloat16 and maps.device.type == "cpu" and max(self.stride) > 1:
             # oneDNN's backward of a strided bf16 depthwise convolution costs 3 to 5 times the fp32 one
             with torch.autocast("cpu", enabled=False):
-                pooled = conv(maps.float(), kernel.float(), stride=self.stride, padding=1, groups=channels)
+                maps = maps.to(torch.float32, memory_format=layout)  # type and layout in one copy
+                pooled = conv(maps, kernel.float(), stride=self.stride, padding=1, groups=channels)
             return pooled.bfloat16()
+        maps = maps.contiguous(memory_format=layout)
         return conv(maps, kernel, stride=self.stride, padding=1, groups=channels)
 
 
@@ -113,10 +115,12 @@ class PoolingAttention(nn.Module):
         v, _ = self._pool(v, grid, self.pool_v, self.norm_v)
         attend = self._attend if self.cuts is None else self._attend_in_windows
         out = attend(q, k, v, q_grid, k_grid)  # (B, N, Lq, D)
+        out = out.transpose(1, 2)  # (B, Lq, N, D)
         if self.residual_pooling:
-            skip = F.pad(q[:, :, 1:], (0, 0, 1, 0)) if self.class_tokens else q
-            out = out + skip
-        out = self.proj(out.transpose(1, 2).flatten(2))
+            skip = q.transpose(1, 2)
+            skip = F.pad(skip[:, 1:], (0, 0, 0, 0, 1, 0)) if self.class_tokens else skip
+            out = skip + out  # in this order the sum has the skip's layout, the tokens', and is not copied below
+        out = self.proj(out.flatten(2))
         return out, q_grid
 
     def _pool(self, x: Tensor, grid: Sequence[int], pool: nn.Module, norm: nn.Module) -> tuple[Tensor, tuple[int, ...]]:
