@@ -10,6 +10,7 @@ from launcher import commands
 from launcher.arguments import Parser, ShowVersion, add_command, add_json, add_recipe, add_run_dir
 from launcher.bench_data_command import add_bench_data
 from launcher.bench_model_command import add_bench_model
+from launcher.bench_plan_command import add_bench_plan
 from launcher.data_commands import add_data
 from launcher.evaluate_command import add_evaluate
 from launcher.export_command import add_export
@@ -160,6 +161,7 @@ def _add_bench(group: "argparse._SubParsersAction") -> None:
     )
     add_bench_model(bench)
     add_bench_data(bench)
+    add_bench_plan(bench)
 
     checkpoint = add_command(
         bench,

@@ -14,7 +14,7 @@ from mvit.config import ConfigError, RunConfig
 from mvit.optim import num_moments
 from mvit.planner_memory import GIB, LIVE_ELEMENTS, Memory, rank_memory
 from mvit.planner_time import GPUS, Gpu, Ranks, StepTime, pass_seconds, step_seconds
-from mvit.planner_trace import STAGES, StepTrace, parameter_sizes, trace_step
+from mvit.planner_trace import STAGES, StepTrace, Target, parameter_sizes, trace_step
 from mvit.zero import uses_autocast
 
 CHECKPOINTING: tuple[tuple[str, ...], ...] = tuple(STAGES[:count] for count in range(len(STAGES) + 1))
@@ -151,7 +151,7 @@ def plan(
     found.sort(key=lambda one: (not one.fits, one.step.total, one.memory.needed))
     chosen = found[0] if found[0].fits else None
     judged = tuple(replace(one, verdict=_verdict(one, chosen, gpu_memory_gib)) for one in found)
-    count, origin = _num_samples(config, samples)
+    count, origin = num_samples(config, samples)
     plain = next(iter(traces.values())).cost(1, (), backward=False)
     return Plan(
         recipe=config.name,
@@ -176,6 +176,41 @@ def plan(
     )
 
 
+def foresee(config: RunConfig, gpus: int, gpu: str = "h100", *, gpus_per_node: int = 8) -> Candidate:
+    """Return what a classification recipe, as it stands, needs on `gpus` GPUs and how fast it should be.
+
+    Takes a fraction of a plan's time. Raises ConfigError if the recipe cannot run there.
+    """
+    config.batch_arithmetic(gpus)
+    device = _check(config, gpus, math.inf, gpu, gpus_per_node)
+    autocast = uses_autocast(config.zero, config.train.precision)
+    return _candidate(
+        config,
+        Ranks(gpus, gpus_per_node, device),
+        parameter_sizes(config),
+        trace_step(config, autocast=autocast, own_checkpointing=True),
+        config.zero.stage,
+        config.train.checkpointed_stages,
+        config.train.micro_batch_size,
+    )
+
+
+def foresee_memory(config: RunConfig, gpus: int, *, target: Target = "cuda") -> Memory:
+    """Return what a rank of a classification recipe, as it stands, holds on a GPU or on this machine's CPU."""
+    autocast = uses_autocast(config.zero, config.train.precision)
+    return rank_memory(
+        config,
+        parameter_sizes(config),
+        trace_step(config, autocast=autocast, target=target, own_checkpointing=True),
+        stage=config.zero.stage,
+        recompute=config.train.checkpointed_stages,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation_steps=config.batch_arithmetic(gpus).accumulation_steps,
+        world_size=gpus,
+        target=target,
+    )
+
+
 def micro_batch_sizes(config: RunConfig, gpus: int) -> list[int]:
     """Return the micro-batches that make up the global batch exactly on `gpus` ranks, smallest first."""
     share = config.train.global_batch_size // gpus
@@ -192,7 +227,7 @@ def _check(config: RunConfig, gpus: int, gpu_memory_gib: float, gpu: str, gpus_p
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: unknown; choose from {', '.join(GPUS)}")
     for name, value in (("--gpus", gpus), ("--gpu-memory-gib", gpu_memory_gib), ("--gpus-per-node", gpus_per_node)):
-        if value <= 0:
+        if not value > 0:  # NaN is not, either
             raise ConfigError(f"{name} {value:g} must be more than 0")
     if config.train.precision == "bf16" and not GPUS[gpu].bf16:
         raise ConfigError(f"train.precision = bf16: a {gpu} has no bf16 matrix units; set train.precision=fp16")
@@ -262,10 +297,12 @@ def _verdict(one: Candidate, chosen: Candidate | None, gpu_memory_gib: float) ->
     if one == chosen:
         return "chosen: the fastest that fits"
     slower = one.step.total / chosen.step.total - 1
-    return f"{slower:.1%} slower" if slower >= 0.0005 else "as fast, but needs more memory"
+    if slower >= 0.0005:
+        return f"{slower:.1%} slower"
+    return "as fast, but needs more memory" if one.memory.needed > chosen.memory.needed else "the same; one is enough"
 
 
-def _num_samples(config: RunConfig, samples: int | None) -> tuple[int | None, str]:
+def num_samples(config: RunConfig, samples: int | None) -> tuple[int | None, str]:
     """Return how many training samples there are, and how that is known."""
     if samples is not None:
         return samples, "as given"
@@ -286,6 +323,8 @@ def _num_samples(config: RunConfig, samples: int | None) -> tuple[int | None, st
 
 def _notes(config: RunConfig, gpus: int) -> tuple[str, ...]:
     notes = ["times are modelled, not measured: data loading, evaluations and saves are not in them"]
+    if config.train.compile != "off":
+        notes.append(f"memory is that of the uncompiled model; train.compile={config.train.compile} should need less")
     if config.zero.offload_optimizer or config.zero.offload_parameters:
         notes.append("offloading's copies to the host and the update there are not in the times")
     if config.train.micro_batch_size not in micro_batch_sizes(config, gpus):

@@ -59,6 +59,24 @@ GPUS = {
 }
 
 
+_DEVICE_NAMES = (
+    ("H200", "h200"),
+    ("H100 PCIe", "h100-pcie"),
+    ("H100", "h100"),
+    ("B200", "b200"),
+    ("A100-SXM4-40GB", "a100-40gb"),
+    ("A100", "a100"),
+    ("L40S", "l40s"),
+    ("V100", "v100"),
+    ("RTX 4090", "rtx4090"),
+)
+
+
+def gpu_of_device(device_name: str) -> str | None:
+    """Return the key in `GPUS` of what CUDA calls a device; None for one that is not there."""
+    return next((key for part, key in _DEVICE_NAMES if part in device_name and "GH200" not in device_name), None)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """How many GPUs there are and how they are placed."""

@@ -10,7 +10,7 @@ here about layers, so a change of the model changes the plan. Two things make it
 
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mvit.config import RunConfig, TrainConfig
+from mvit.config import RunConfig
+from mvit.model.backbone import MViT
 from mvit.planner_record import AsOnCuda, Recorder, Stretch
 from mvit.tasks.classification import build_classifier, soft_cross_entropy
 
@@ -67,6 +68,8 @@ class StepTrace:
     """Segments in the order of time: (name, its stage or "", how often it repeats)."""
     sample_bytes: int
     """Of one sample as the loader delivers it; held during the whole step."""
+    evaluation: tuple[float, float]
+    """The most bytes that an evaluation's forward pass holds: a constant and a factor of the batch size."""
 
     def peak_bytes(self, batch: int, recompute: Collection[str], *, keep_gradients: bool) -> int:
         """Return the most bytes held at once beside parameters and optimizer, at `batch` samples.
@@ -84,6 +87,11 @@ class StepTrace:
             held += grown * times
         return int(peak)
 
+    def evaluation_bytes(self, batch: int) -> int:
+        """Return the most bytes held at once beside the weights while `batch` samples are evaluated."""
+        constant, each = self.evaluation
+        return int(constant + batch * (each + self.sample_bytes))
+
     def cost(self, batch: int, recompute: Collection[str], *, backward: bool) -> Cost:
         """Return what the forward or the backward pass costs; recomputation is part of the backward pass."""
         scale = np.array([1.0, batch])
@@ -96,59 +104,104 @@ class StepTrace:
 
     def _segments(self, recompute: Collection[str]) -> Iterator[tuple[str, Segment, int]]:
         for name, stage, times in self.order:
-            yield name, (self.recomputed if stage in recompute else self.plain)[name], times
+            yield name, (self.recomputed if stage in recompute or not self.plain else self.plain)[name], times
 
 
-def trace_step(config: RunConfig, *, autocast: bool, target: Target = "cuda") -> StepTrace:
+def trace_step(
+    config: RunConfig, *, autocast: bool, target: Target = "cuda", own_checkpointing: bool = False
+) -> StepTrace:
     """Run the step of a classification recipe without memory; `autocast`: as stage 0 computes in bf16.
 
     `target` "cuda" follows what the model does on a GPU (fused attention, autocast's rules there), "cpu" this machine.
+    `own_checkpointing` knows the recipe's own choice of recomputed stages only, in half the time.
     """
     depths = config.model.resolved_variant().depths
     short = _with_depths(config, [min(depth, _MOST_BLOCKS) for depth in depths])
-    of_kind: list[dict[str, Segment]] = []
+    own = len(config.train.checkpointed_stages)
+    of_kind: dict[bool, dict[str, Segment]] = {False: {}, True: {}}
     for recompute in (False, True):
+        if own_checkpointing and own == (0 if recompute else len(STAGES)):
+            continue
         first, second = (record_step(short, batch, recompute, autocast=autocast, target=target) for batch in _BATCHES)
         assert list(first.stretches) == list(second.stretches)
-        of_kind.append({name: _affine(first.stretches[name], second.stretches[name]) for name in first.stretches})
-    return StepTrace(of_kind[0], of_kind[1], _order(depths), 3 * torch.Size(config.input_size).numel())
+        of_kind[recompute] = {n: _affine(first.stretches[n], second.stretches[n]) for n in first.stretches}
+    low, high = (record_evaluation(short, batch, autocast=autocast, target=target) for batch in _BATCHES)
+    each = (high - low) / (_BATCHES[1] - _BATCHES[0])
+    return StepTrace(
+        of_kind[False],
+        of_kind[True],
+        _order(depths),
+        3 * torch.Size(config.input_size).numel(),
+        (max(0.0, low - _BATCHES[0] * each), each),
+    )
 
 
 def record_step(config: RunConfig, batch: int, recompute: bool, *, autocast: bool, target: Target) -> Recorder:
     """Run one forward and backward pass of `batch` samples, all blocks recomputed or none, and return the record."""
     checkpointing: Any = "all" if recompute else "off"
     train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
-    dtype = torch.float32 if autocast else DTYPES[config.train.precision]
-    with torch.device("meta"):
-        model = build_classifier(config.model_copy(update={"train": train})).to(dtype).train()
-    as_on_cuda = AsOnCuda(torch.bfloat16 if autocast else None)
-    device, around = "meta", as_on_cuda
-    with FakeTensorMode(allow_non_fake_inputs=True) if target == "cpu" else nullcontext():
-        if target == "cpu":
-            model.to_empty(device="cpu")
-            device, around = "cpu", torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
-        else:
-            for block in model.blocks:
-                block.forward = as_on_cuda.around(block.forward)  # also when it runs again in the backward pass
+    with _built(config.model_copy(update={"train": train}), autocast=autocast, target=target) as built:
+        model = built.model.train()
         recorder = Recorder(list(model.parameters()))
         _mark_blocks(model.blocks, recorder)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(recorder.finished_gradient)
 
         def losses() -> Tensor:
-            images = torch.empty(batch, 3, *config.input_size, dtype=dtype, device=device)
-            targets = torch.empty(batch, config.model.num_classes, device=device)
-            with around:
-                logits = model(images)
-            return soft_cross_entropy(logits, targets)
+            targets = torch.empty(batch, config.model.num_classes, device=built.device)
+            return soft_cross_entropy(built.logits(batch), targets)
 
         with recorder, _without_collector():  # which would free at any time what the next collection finds
             recorder.mark("forward start")
             loss = losses()
-            as_on_cuda.end_of_forward()
+            built.as_on_cuda.end_of_forward()
             recorder.mark("backward start")
             loss.backward()
     return recorder
+
+
+def record_evaluation(config: RunConfig, batch: int, *, autocast: bool, target: Target) -> int:
+    """Run an evaluation's forward pass of `batch` samples and return the most bytes it held."""
+    with _built(config, autocast=autocast, target=target) as built:
+        recorder = Recorder(list(built.model.eval().parameters()))
+        with recorder, torch.no_grad(), _without_collector():
+            built.logits(batch).float()
+    return recorder.peak_bytes
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model without memory, and how to run it as on the target."""
+
+    model: MViT
+    device: str
+    dtype: torch.dtype
+    input_size: tuple[int, ...]
+    around: Any
+    as_on_cuda: AsOnCuda
+
+    def logits(self, batch: int) -> Tensor:
+        images = torch.empty(batch, 3, *self.input_size, dtype=self.dtype, device=self.device)
+        with self.around:
+            return self.model(images)
+
+
+@contextmanager
+def _built(config: RunConfig, *, autocast: bool, target: Target) -> Iterator[_Built]:
+    """Build the recipe's model and let it behave as on `target` inside the `with` block."""
+    dtype = torch.float32 if autocast else DTYPES[config.train.precision]
+    with torch.device("meta"):
+        model = build_classifier(_without_left_out_samples(config, target)).to(dtype)
+    as_on_cuda = AsOnCuda(torch.bfloat16 if autocast else None)
+    if target == "cuda":
+        for block in model.blocks:
+            block.forward = as_on_cuda.around(block.forward)  # also when it runs again in the backward pass
+        yield _Built(model, "meta", dtype, config.input_size, as_on_cuda, as_on_cuda)
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        around = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+        yield _Built(model, "cpu", dtype, config.input_size, around, as_on_cuda)
 
 
 @contextmanager
@@ -168,11 +221,13 @@ def parameter_sizes(config: RunConfig) -> list[int]:
         return [parameter.numel() for parameter in build_classifier(config).parameters()]
 
 
-def with_checkpointing(config: RunConfig, stages: Sequence[str]) -> RunConfig:
-    """Return the recipe with these stages recomputed."""
-    value: Any = "off" if not stages else "all" if tuple(stages) == STAGES else tuple(stages)
-    train: TrainConfig = config.train.model_copy(update={"activation_checkpointing": value})
-    return config.model_copy(update={"train": train})
+def _without_left_out_samples(config: RunConfig, target: Target) -> RunConfig:
+    """Where drop path leaves samples out, how many is chance: plan for the step that drops none, which holds most."""
+    model = config.model
+    leaves_out = model.drop_path_mode == "skip" or (model.drop_path_mode == "auto" and target == "cpu")
+    if not leaves_out or config.train.compile != "off":
+        return config
+    return config.model_copy(update={"model": model.model_copy(update={"drop_path": 0.0})})
 
 
 def _with_depths(config: RunConfig, depths: Sequence[int]) -> RunConfig:

@@ -46,6 +46,11 @@ class TrainConfig(Settings):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak rate of one device in TFLOP/s for MFU; null takes the data sheet's figure where the device is known."""
 
+    @field_validator("activation_checkpointing", "compile", mode="before")
+    @classmethod
+    def _yaml_takes_off_for_false(cls, value: object) -> object:
+        return "off" if value is False else value
+
     @property
     def checkpointed_stages(self) -> tuple[StageName, ...]:
         """The stages whose activations are recomputed."""

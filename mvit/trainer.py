@@ -19,6 +19,7 @@ from mvit.config import BatchArithmetic, ConfigError, RunConfig
 from mvit.distributed import RankInfo, StopAgreement, logger, together
 from mvit.engine import Engine
 from mvit.evaluation import evaluation_loader, run_evaluation
+from mvit.forecast import Forecast
 from mvit.guard import FiniteGuard
 from mvit.life import Life, Unattended
 from mvit.life_log import LifeLog
@@ -128,6 +129,7 @@ class _Run:
             repeats=config.repeats,
         )
         self.checkpoints = RunCheckpoints(config, run_dir, ranks, life)
+        self.forecast = Forecast(config, ranks, begins=self.checkpoints.last is None)
         self._build_engine()
         self.evaluation_loader = (
             None if self.validation is None else evaluation_loader(config, self.task, self.validation, ranks)
@@ -313,6 +315,7 @@ class _Run:
         if self.checkpoints.failed_saves:
             record["failed_saves"] = self.checkpoints.failed_saves
         self.log.train(step, record)
+        self.forecast.tell(record)
         self.life_log.progress(step)
         self.report.written()
 

@@ -20,6 +20,7 @@ EXPECTED = {
     "predicting",
     "checkpoints",
     "launching",
+    "planning",
     "ledger",
     "doctor",
     "debugging",

@@ -45,6 +45,7 @@ COMMANDS = [
     ["data", "pack", "ssv2"],
     ["data", "check"],
     ["bench", "model"],
+    ["bench", "plan"],
     ["bench", "data"],
     ["bench", "checkpoint"],
     ["bench", "detection"],

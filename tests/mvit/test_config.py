@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "imagenet1k" / "mvitv2_tiny.yaml"
 
 
+@pytest.mark.parametrize("key", ["activation_checkpointing", "compile"])
+def test_off_may_be_typed_although_yaml_takes_it_for_false(key: str) -> None:
+    assert getattr(mvit.load_config(TINY, [f"train.{key}=off"]).train, key) == "off"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
