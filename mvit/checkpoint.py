@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger, together
 from mvit.fragments import EMA
@@ -53,6 +54,8 @@ class Manifest:
     buffers: tuple[str, ...] = ()
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
     """{state: {parameter: mvit.fingerprint}} of every trained parameter."""
+    held: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    """{(parameter, state): all of it, flat} of what stands in for the files' (see `mvit.checkpoint_resize`)."""
 
     @property
     def trained(self) -> set[str]:

@@ -25,7 +25,7 @@ class _Reader:
     """Reads ranges of parameters out of a checkpoint's files, into memory that is there already."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self._path = manifest.path
+        self._path, self._held = manifest.path, manifest.held
         self._open: tuple[str, IO[bytes]] | None = None  # one at a time: a thousand ranks' files are too many
         self._flats: dict[tuple[str, str], int] = {}  # (file, key) → where its first element lies
         self._index: dict[str, list[tuple[int, int, int, str]]] = {}
@@ -37,6 +37,10 @@ class _Reader:
 
     def read_into(self, target: Tensor, name: str, start: int, key: str) -> None:
         """Fill the 1-D `target` with elements [start, start + len) of state `key` of parameter `name`."""
+        held = self._held.get((name, MASTER if name in self.frozen else key))
+        if held is not None:
+            target.copy_(held[start : start + target.numel()])
+            return
         key = FROZEN if name in self.frozen else key
         got, stop = 0, start + target.numel()
         for at, count, offset, file in self._index[name]:

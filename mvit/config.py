@@ -26,6 +26,7 @@ from mvit.model.attention import AttentionForm
 from mvit.model.block import DropPathMode
 from mvit.model.inflation import Inflation
 from mvit.optim import OptimConfig
+from mvit.phases import PhaseConfig, check_phases, phase_configs
 from mvit.schedule import ScheduleConfig
 from mvit.train_config import BatchArithmetic, ProfileConfig, TrainConfig, WatchConfig
 from mvit.variants import VARIANTS, Variant
@@ -118,6 +119,8 @@ class RunConfig(Settings):
     zero: ZeroConfig = ZeroConfig()
     watch: WatchConfig = WatchConfig()
     profile: ProfileConfig = ProfileConfig()
+    phases: tuple[PhaseConfig, ...] = ()
+    """Later phases at other resolutions; what stands above is the first one's."""
 
     @field_validator("name")
     @classmethod
@@ -141,6 +144,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
+        check_phases(self.phases, self.task, self.schedule.epochs)
         if self.train.global_batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
@@ -216,7 +220,12 @@ class RunConfig(Settings):
         return num_samples * self.repeats
 
     def batch_arithmetic(self, world_size: int) -> BatchArithmetic:
-        """Derive the accumulation; raises ConfigError with the arithmetic if the batch does not divide."""
+        """Derive the accumulation, of the first phase; ConfigError with the arithmetic if the batch does not divide."""
+        for number, later in enumerate(phase_configs(self)[1:]):
+            try:
+                later.batch_arithmetic(world_size)
+            except ConfigError as error:
+                raise ConfigError(f"in phases.{number}: {error}") from None
         total, micro = self.train.global_batch_size, self.train.micro_batch_size
         if total % (micro * world_size):
             sizes = range(self.least_micro_batch, total // world_size + 1)

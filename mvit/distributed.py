@@ -1,5 +1,6 @@
 """Rank facts, reductions, agreement between ranks, and logging from rank zero."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -111,6 +112,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Add `values` over all ranks in place and return it (collective)."""
     dist.all_reduce(values)
     return values
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody refers to any more, so that a model can be built where another one was."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def barrier() -> None:

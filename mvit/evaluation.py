@@ -19,6 +19,7 @@ from mvit.config import ConfigError, RunConfig
 from mvit.distributed import RankInfo, StopAgreement, logger, on_main, sum_over_ranks, together
 from mvit.given_labels import GivenLabels, read_labels
 from mvit.life import Stopped
+from mvit.phases import phase_configs
 from mvit.progress import ProgressDisplay
 from mvit.results_file import Reports, check_reports
 from mvit.tasks import create_task
@@ -156,6 +157,9 @@ def evaluate(
     """
     ranks = distributed.start()
     distributed.configure_logging(ranks.rank)
+    if config.phases:
+        config = phase_configs(config)[-1]
+        logger.info("evaluated as in the recipe's last phase: %s px", "x".join(map(str, config.input_size)))
     task = create_task(config)
     shards = open_validation(config)
     model = task.build_model()

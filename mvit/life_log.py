@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from mvit.checkpoint_save import Outcome
 from mvit.life import Life
@@ -23,12 +23,14 @@ class LifeLog:
         self._stall_s = self._evaluate_s = self._data_wait_s = 0.0
 
     def restored(self, step: int, seconds: float) -> None:
-        """Record that the state of `step` is loaded (0: there was none)."""
-        self._record("restored", {"step": step, "seconds": round(seconds, 3)})
+        """Record that the state of `step` is loaded (0: there was none), of a life's first phase."""
+        if self._began is None:
+            self._record("restored", {"step": step, "seconds": round(seconds, 3)})
 
     def begin(self) -> None:
         """Start the clock: training begins; an evaluation before it was no part of it."""
-        self._began = time.perf_counter() - self._stall_s - self._evaluate_s
+        if self._began is None:
+            self._began = time.perf_counter() - self._stall_s - self._evaluate_s
 
     def stepped(self, step: int) -> None:
         """Record the first finished step; later ones only when it is time for a record."""
@@ -48,6 +50,12 @@ class LifeLog:
             yield
         finally:
             self._evaluate_s += time.perf_counter() - since
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Count the time inside with the saves if training has begun: the model of the next phase takes over a save."""
+        with self.saving() if self._began is not None else nullcontext():
+            yield
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data_pipeline.decode import IMAGE_EXTENSIONS, DecodeError, decode_rgb
 from data_pipeline.reads import Item
 from data_pipeline.video_container import VIDEO_EXTENSIONS
-from mvit.checkpoint import read_manifest
+from mvit.checkpoint import newest_valid, read_manifest
 from mvit.class_names import ClassNames, class_names
 from mvit.config import RunConfig, parse_config
 from mvit.detection.coco_metric import encode_masks
@@ -238,7 +238,11 @@ def _carried_config(weights: Path) -> RunConfig:
     """Return the recipe that the weights carry; ValueError if they carry none."""
     if (weights / "manifest.json").is_file():
         return parse_config(read_manifest(weights).state["config"], source=str(weights))
-    return read_config(weights) if weights.is_dir() else exported_config(weights)
+    if not weights.is_dir():
+        return exported_config(weights)
+    config = read_config(weights)
+    newest = newest_valid(weights) if config.phases else None
+    return config if newest is None else parse_config(read_manifest(newest).state["config"], source=str(newest))
 
 
 def _with(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

@@ -3,14 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipeline.loader import TrainLoader
-from mvit.checkpoint import CheckpointError, list_steps, newest_valid_on_all_ranks, predicted_bytes, read_manifest
+from mvit.checkpoint import (
+    CheckpointError,
+    Manifest,
+    list_steps,
+    newest_valid_on_all_ranks,
+    predicted_bytes,
+    read_manifest,
+)
 from mvit.checkpoint_load import check_loaded, load_buffers, load_into, load_rng
+from mvit.checkpoint_resize import resized
 from mvit.checkpoint_save import Contents, Outcome, SaveError, Saver
-from mvit.config import RunConfig
+from mvit.config import RunConfig, parse_config
 from mvit.distributed import RankInfo, broadcast_object, gather_objects, logger, together
 from mvit.engine import Engine
 from mvit.life import Life, Unattended
@@ -33,7 +42,7 @@ class RunCheckpoints:
     """The checkpoints of one attempt; every method but `poll` and `close` is collective."""
 
     def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, life: Life | None = None) -> None:
-        self._config, self._run_dir, self._ranks = config, run_dir, ranks
+        self._recipe, self._config, self._run_dir, self._ranks = config, config, run_dir, ranks
         life = life or Unattended()
         if ranks.is_main:
             life.check_owner()
@@ -41,7 +50,7 @@ class RunCheckpoints:
         self.last: Path | None = newest_valid_on_all_ranks(run_dir, ranks)
         """The newest valid checkpoint."""
         self.failed_saves = 0
-        reached = int(self.last.name.removeprefix("step_")) if self.last else 0
+        self.last_step = reached = int(self.last.name.removeprefix("step_")) if self.last else 0
         # Steps beyond it are damaged, and what they scored will be scored again.
         self._best: float | None = None
         together(lambda: self._read_best(reached), "reading the scores of older checkpoints", here=ranks.is_main)
@@ -56,9 +65,12 @@ class RunCheckpoints:
         scores, steps = scores_of(self._run_dir), list_steps(self._run_dir)
         self._best = max((scores[step] for step in steps if step <= reached and step in scores), default=None)
 
-    def attach(self, engine: Engine, loader: TrainLoader, shapes: Mapping[str, list[int]]) -> None:
-        """Say whose state is saved and restored; `shapes` of all parameters, from before ZeRO split them."""
-        self._engine, self._loader, self._shapes = engine, loader, shapes
+    def attach(self, config: RunConfig, engine: Engine, loader: TrainLoader, shapes: Mapping[str, list[int]]) -> None:
+        """Say whose state is saved and restored, as `config`, the current phase's, has built it.
+
+        `shapes` are those of all parameters, from before ZeRO split them.
+        """
+        self._config, self._engine, self._loader, self._shapes = config, engine, loader, shapes
 
     def predicted_bytes(self, shapes: Mapping[str, list[int]]) -> int:
         """Return the size of one checkpoint over all ranks."""
@@ -80,6 +92,12 @@ class RunCheckpoints:
         saved_groups = {g["name"]: set(g["parameters"]) for g in manifest.groups}
         if saved_groups != {g.name: set(g.parameter_names) for g in engine.groups}:
             raise CheckpointError(f"{path}: parameter groups differ from this run's; resume with the run's own config")
+        if self._is_of_another_phase(manifest):
+            model: Any = engine.module
+            manifest = resized(manifest, self._shapes, model.grid, model.class_tokens)
+            logger.info(
+                "%d position tables are resized to %s", len({name for name, _ in manifest.held}), model.input_size
+            )
         with engine.writing() as fragments:
             together(lambda: load_into(manifest, fragments, self._shapes), f"loading {path}")
         together(lambda: load_buffers(manifest, engine.buffers()), f"loading the buffers of {path}")
@@ -96,6 +114,11 @@ class RunCheckpoints:
             window["since_step"],
             sums[self._ranks.rank] if same_ranks else sum(sums) / len(sums),
         )
+
+    def _is_of_another_phase(self, manifest: Manifest) -> bool:
+        """Tell whether the run has phases and this one has another resolution than the one that saved."""
+        saved = parse_config(manifest.state["config"], source=str(manifest.path)).input_size
+        return bool(self._recipe.phases) and saved != self._config.input_size
 
     def _check_counters(self, saved: Mapping[str, object], path: Path) -> None:
         now = self._engine.counters()

@@ -1,11 +1,11 @@
 """The training loop, what it is set up from, and how it saves, resumes and stops."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from mvit import distributed
 from mvit.checkpoint import check_space
 from mvit.checkpoint_save import Outcome
 from mvit.config import BatchArithmetic, ConfigError, RunConfig
-from mvit.distributed import RankInfo, StopAgreement, logger, together
+from mvit.distributed import RankInfo, StopAgreement, free_memory, logger, together
 from mvit.engine import Engine
 from mvit.evaluation import evaluation_loader, run_evaluation
 from mvit.forecast import Forecast
@@ -24,7 +24,9 @@ from mvit.guard import FiniteGuard
 from mvit.life import Life, Unattended
 from mvit.life_log import LifeLog
 from mvit.metrics import RunLog, peak_flops
+from mvit.observer import Observer
 from mvit.optim import parameter_groups
+from mvit.phases import phase_at
 from mvit.run_checkpoints import RunCheckpoints
 from mvit.run_data import open_data
 from mvit.run_identity import claim
@@ -47,22 +49,6 @@ class TrainResult:
     """True if it was asked to stop before the last step; everything is saved and `train` continues from there."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Figures of the final evaluation."""
-
-
-class Observer(Protocol):
-    """Sees what a run computes, on every rank and without changing it; `mvit prove-resume` compares runs this way."""
-
-    def started(self, step: int, engine: Engine) -> None:
-        """The attempt is about to continue after `step`; everything is restored (collective)."""
-        ...
-
-    def read(self, step: int, accumulation: int, batch: Any) -> None:
-        """This rank is about to compute `batch` as a chunk of `step`."""
-        ...
-
-    def updated(self, step: int, losses: Sequence[Tensor], grad_norm: Tensor, lr: float, engine: Engine) -> None:
-        """The weights are updated; `losses` of this rank's chunks (collective)."""
-        ...
 
 
 def _never() -> bool:
@@ -89,32 +75,50 @@ def train(
     """
     ranks = distributed.start()
     distributed.configure_logging(ranks.rank)
-    run = _Run(config, Path(run_dir or config.run_dir), ranks, show_progress, life or Unattended())
-    try:
-        result = run.loop(stop_requested, observer)
-    except BaseException:
-        # The error may be this rank's alone: nothing that waits for the other ranks or the device may run now.
+    life = life or Unattended()
+    life.beat(0, "start")
+    life_log = LifeLog(life, active=ranks.is_main)
+    while True:  # once for each phase
+        with life_log.building():
+            run = _Run(config, Path(run_dir or config.run_dir), ranks, show_progress, life, life_log)
+        try:
+            result = run.loop(stop_requested, observer)
+        except BaseException:
+            # The error may be this rank's alone: nothing that waits for the other ranks or the device may run now.
+            run.close()
+            raise
         run.close()
-        raise
-    run.close()
-    run.engine.close()
-    return result
+        run.engine.close()
+        if result.stopped or result.step == result.total_steps:
+            return result
+        del run
+        free_memory(ranks.device)
 
 
 class _Run:
     """Everything one attempt of a run needs; built in the order in which things can go wrong cheaply."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, ranks: RankInfo, show_progress: bool, life: Life) -> None:
-        self.config, self.run_dir, self.ranks, self.life = config, run_dir, ranks, life
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        ranks: RankInfo,
+        show_progress: bool,
+        life: Life,
+        life_log: LifeLog,
+    ) -> None:
+        self.recipe, self.run_dir, self.ranks, self.life, self.life_log = config, run_dir, ranks, life, life_log
         self.step = 0  # the last finished one
-        life.beat(0, "start")
-        self.life_log = LifeLog(life, active=ranks.is_main)
-        self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
+        config.batch_arithmetic(ranks.world_size)  # of all phases, before anything is read
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision = fp16 does not run on CPUs; use train.precision=bf16 or fp32")
         self.shards, self.validation = open_data(config, ranks)
         self.total_steps = config.total_steps(len(self.shards))
         together(lambda: claim(run_dir, config), "claiming the run folder", here=ranks.is_main)
+        self.checkpoints = RunCheckpoints(config, run_dir, ranks, life)
+        self.phase = phase_at(config, self.checkpoints.last_step, len(self.shards))
+        self.config = config = self.phase.config
+        self.batch: BatchArithmetic = config.batch_arithmetic(ranks.world_size)
         self.task: Task = create_task(config)
         self.loader = TrainLoader(
             self.shards,
@@ -128,13 +132,12 @@ class _Run:
             world_size=ranks.world_size,
             repeats=config.repeats,
         )
-        self.checkpoints = RunCheckpoints(config, run_dir, ranks, life)
         self.forecast = Forecast(config, ranks, begins=self.checkpoints.last is None)
         self._build_engine()
         self.evaluation_loader = (
             None if self.validation is None else evaluation_loader(config, self.task, self.validation, ranks)
         )
-        self.checkpoints.attach(self.engine, self.loader, self.shapes)
+        self.checkpoints.attach(config, self.engine, self.loader, self.shapes)
         life.beat(0, "start")
         began = time.perf_counter()
         restored = self.checkpoints.restore()
@@ -210,7 +213,7 @@ class _Run:
             observer.started(self.first_step, self.engine)
         self.watch.begin(self.first_step, self.total_steps)
         self.timer.skip()
-        for step in range(self.first_step + 1, self.total_steps + 1):
+        for step in range(self.first_step + 1, self.phase.end + 1):
             lr = self._lr_at(step)
             with self.watch.step(step):
                 losses = self._compute(step, batches, observer)
@@ -223,7 +226,7 @@ class _Run:
             self.report.updated(grad_norm)
             self.life_log.stepped(step)
             self._log_saves(self.checkpoints.poll())
-            last = step == self.total_steps
+            last, turn = step == self.total_steps, step == self.phase.end
             stop = agreement.ask(stop_requested()) and not last
             if step % every.log_every == 0 or last or stop:
                 self._log(step, grad_norm)
@@ -231,8 +234,8 @@ class _Run:
             if last or (self._evaluation_due(step) and not stop):
                 figures = self._evaluate(step)
                 score = self._score(figures)
-            if self.checkpoints.is_best(score) or last or stop or self.saving.due(step):
-                self._save(step, score, must_succeed=last or stop)
+            if self.checkpoints.is_best(score) or turn or stop or self.saving.due(step):
+                self._save(step, score, must_succeed=turn or stop)
             if stop:
                 break
         agreement.finish()
@@ -294,6 +297,9 @@ class _Run:
         start = f"continuing after step {self.first_step}" if self.first_step else "starting"
         logger.info("%s: %s of %d steps, %d samples", self.config.name, start, self.total_steps, len(self.shards))
         logger.info("%.2f M parameters, ZeRO-%d, %s", parameters / 1e6, self.config.zero.stage, self.batch)
+        if self.recipe.phases:
+            number, size = self.phase.number + 1, "x".join(map(str, self.config.input_size))
+            logger.info("phase %d of %d, to step %d: %s px", number, len(self.recipe.phases) + 1, self.phase.end, size)
         save_every = self.config.train.save_every
         if save_every is not None and save_every > self.total_steps:
             logger.warning(
@@ -302,7 +308,7 @@ class _Run:
                 self.total_steps,
             )
         if self.first_step == 0:
-            self.log.config(self.config, world_size=self.ranks.world_size, mfu=self.peak is not None)
+            self.log.config(self.recipe, world_size=self.ranks.world_size, mfu=self.peak is not None)
 
     def _log(self, step: int, grad_norm: Tensor) -> None:
         """Report the steps since the last record (collective); the only place that waits for the device."""

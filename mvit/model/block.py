@@ -24,19 +24,18 @@ DROP_PATH_MODES: tuple[str, ...] = get_args(DropPathMode)
 class Kept:
     """The samples of a batch whose residual branch is computed."""
 
-    samples: Tensor | None
-    """Indices (n,) on the batch's device; None: all of them."""
+    samples: Tensor
+    """Indices (n,) on the batch's device, also where all are kept: ranks whose autograd graphs differ would begin to
+    recompute a block at different nodes, and under ZeRO-3 gather its weights in different orders."""
     scale: float
     """What their branch is multiplied by: 1 / (1 - rate), or 0 for the one that stands in where all were dropped."""
 
     def select(self, x: Tensor) -> Tensor:
         """Return these samples of (B, L, C)."""
-        return x if self.samples is None else x.index_select(0, self.samples)
+        return x.index_select(0, self.samples)
 
     def add(self, skip: Tensor, branch: Tensor) -> Tensor:
         """Add the branch (n, L, C) of these samples to the skip connection (B, L, C)."""
-        if self.samples is None:
-            return torch.add(skip, branch, alpha=self.scale)
         # index_add wants one dtype; under autocast the two may differ, and + would give the wider
         dtype = torch.promote_types(skip.dtype, branch.dtype)
         return skip.to(dtype).index_add(0, self.samples, branch.to(dtype), alpha=self.scale)
@@ -74,8 +73,6 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         mask = torch.empty(x.shape[0], 1, 1).bernoulli_(keep)
         samples = mask.flatten().nonzero().flatten()
-        if len(samples) == x.shape[0]:
-            return Kept(None, 1.0 / keep)
         if len(samples) == 0:
             return Kept(torch.zeros(1, dtype=torch.int64, device=x.device), 0.0)
         return Kept(samples.to(x.device, non_blocking=True), 1.0 / keep)
