@@ -211,7 +211,7 @@ def test_layers_for_learning_rate_decay_go_from_the_patches_to_the_head() -> Non
     assert {layer for name, layer in layers.items() if name.startswith("blocks.3.")} == {4}
     assert {layers["norm.weight"], layers["head.projection.bias"]} == {6}
     assert set(layers.values()) == set(range(7))
-    with pytest.raises(ValueError, match=r"'fpn\.lateral' belongs to no layer"):
-        layer_index("fpn.lateral", 5)
+    with pytest.raises(ValueError, match=r"'decoder\.lateral' belongs to no layer"):
+        layer_index("decoder.lateral", 5)
     with pytest.raises(ValueError, match=r"blocks\.5"):
         layer_index("blocks.5.norm1.weight", 5)
