@@ -78,7 +78,10 @@ class DetectionTransform:
         if pixels.shape[:2] != size:
             raise DecodeError(f"the picture is {pixels.shape[:2]} (height, width), its annotations say {size}")
         if self.config.masks and (bare := [a.id for a in annotated.annotations if a.segmentation is None]):
-            raise DecodeError(f"{len(bare)} object(s) have no mask, e.g. {bare[0]}; train boxes alone with masks=false")
+            raise DecodeError(
+                f"{len(bare)} object(s) have no mask, e.g. {bare[0]}; for boxes alone set detection.masks=false and "
+                "detector.masks=false"
+            )
         if not self.train:
             return self._tested(pixels, annotated)
         return self._seen(pixels, annotated, training_view(*size, self.config, seed))

@@ -25,7 +25,9 @@ def add_evaluate(group: "argparse._SubParsersAction") -> None:
     parser.add_argument("--ema", action="store_true", help="the averaged weights of a checkpoint")
     text = "write what was predicted: of a detector in COCO's results format, of a classifier 5 classes of each sample"
     parser.add_argument("--results", metavar="FILE.json", help=text)
-    text = "of a classifier: write a table with the accuracy and precision of each class and what it is taken for"
+    text = (
+        "write a table of the classes: accuracy, precision, what each is taken for; of a detector AP of each category"
+    )
     parser.add_argument("--per-class", metavar="FILE.csv", help=text)
     text = "of a classifier: draw which classes are taken for which"
     parser.add_argument("--confusion", metavar="FILE.png", help=text)

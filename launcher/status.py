@@ -236,7 +236,7 @@ def step_parts(train: dict[str, Any]) -> str:
 
 def _is_detail(key: str) -> bool:
     """Tell what stands in a line of its own, or in TensorBoard."""
-    return key.endswith("_seconds") or key.startswith(("slowest_", "weight_norm_", "lr_"))
+    return key.endswith("_seconds") or key.startswith(("slowest_", "weight_norm_", "lr_", "loss_"))
 
 
 def eta_text(eta_s: float) -> str:

@@ -40,6 +40,11 @@ TAGS: dict[str, str] = {
 """Key of a training record → its curve."""
 
 
+def tag_of(key: str) -> str | None:
+    """Return the curve of a record's key, None if it has none; the parts of a loss have names of their own."""
+    return f"train/{key}" if key.startswith("loss_") else TAGS.get(key)
+
+
 def _lines(*tags: str) -> list[Any]:
     """Return one chart; the tags are regular expressions."""
     return ["Multiline", [f"^{tag}$" for tag in tags]]
@@ -50,12 +55,15 @@ def layout(config: RunConfig, *, world_size: int, mfu: bool) -> dict[str, dict[s
 
     `mfu` says whether the device's peak rate is known.
     """
+    parts: dict[str, list[Any]] = {}
     evaluated = {"top-1 and top-5": _lines("validation(_ema)?/top[15]")}
     if config.task == "detection":
+        parts = {"parts of the loss": _lines("train/loss_.*")}
         evaluated = {"box AP and mask AP": _lines("validation(_ema)?/(box|mask)_ap")}
     page = {
         "1. Does it learn?": {
             "loss": _lines("train/loss", "validation(_ema)?/loss"),
+            **parts,
             **(evaluated if config.data.validation is not None else {}),
             "learning rate": _lines("train/learning_rate", "learning_rate/.*"),
         },

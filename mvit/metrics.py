@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from mvit.config import RunConfig
-from mvit.dashboard import COMPARED_FIGURES, TAGS, compared_settings, layout
+from mvit.dashboard import COMPARED_FIGURES, compared_settings, layout, tag_of
 from mvit.progress import ProgressDisplay
 
 # Dense bf16/fp16 peaks in TFLOP/s from the makers' data sheets; the first name found in the device's name counts.
@@ -117,9 +117,9 @@ class RunLog:
         """Report one training record."""
         if not self._active:
             return
-        for key, tag in TAGS.items():
-            if key in record:
-                self._writer.add_scalar(tag, record[key], step)
+        for key, value in record.items():
+            if (tag := tag_of(key)) is not None:
+                self._writer.add_scalar(tag, value, step)
         self._write("train", step, record)
 
     def validation(self, step: int, figures: Mapping[str, float], prefix: str = "validation") -> None:

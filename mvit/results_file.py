@@ -22,7 +22,7 @@ class Reports:
     results: Path | None = None
     """What was predicted, as JSON."""
     per_class: Path | None = None
-    """A table with a row for each class, as CSV; classifiers only."""
+    """A table with a row for each class, as CSV."""
     confusion: Path | None = None
     """A picture of which classes are taken for which, as PNG; classifiers only."""
     labels: "GivenLabels | None" = None

@@ -1,6 +1,7 @@
 """What a run reports of its steps: gathered on the device between two records, summed over the ranks at a record."""
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class StepReport:
         self.loss_sum = torch.tensor(loss_sum, dtype=torch.float32, device=ranks.device)
         self.timer = StepTimer(ranks.device)
         engine.time_collectives(self.timer.communicated)
+        self._named: dict[str, Tensor] = {}  # a task's several losses since the last record of this attempt
+        self._chunks = 0
         self._norms = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # updates clipped, largest norm
         self._steps = 0
         self._log_began = self._window_s = 0.0
@@ -48,6 +51,14 @@ class StepReport:
         depths = config.model.resolved_variant().depths
         self._stages = {name: _stage_of(name, depths) for group in engine.groups for name in group.parameter_names}
         self._lr_scales = _lr_scales(engine, self._stages) if config.optim.layer_decay < 1 else {}
+
+    def computed(self, loss: Tensor, losses: Mapping[str, Tensor], accumulation_steps: int) -> None:
+        """Add the loss of a chunk, one of so many of its step, and what it is the sum of."""
+        self.loss_sum += loss / accumulation_steps
+        if len(losses) > 1:
+            for name, part in losses.items():
+                self._named[name] = self._named.get(name, 0) + part.detach()
+        self._chunks += 1
 
     def updated(self, grad_norm: Tensor) -> None:
         """Count one update with its gradient norm before clipping; does not wait for the device."""
@@ -65,10 +76,13 @@ class StepReport:
         speed = rates(steps, parts, config.train.global_batch_size)
         # Loss, bad samples and weights of all ranks, and what each needed by itself; speed is rank 0's.
         head = 2 + len(PARAMETER_STAGES)
-        totals = torch.zeros(head + world, dtype=torch.float64, device=self._ranks.device)
+        names = sorted(self._named)  # the same on every rank
+        totals = torch.zeros(head + world + len(names), dtype=torch.float64, device=self._ranks.device)
         totals[0], totals[1] = self.loss_sum / (step - self.logged_step), num_bad
         totals[2:head] = self._squares()
         totals[head + self._ranks.rank] = own_seconds(parts)
+        for place, name in enumerate(names, start=head + world):
+            totals[place] = self._named[name] / self._chunks
         found = distributed.sum_over_ranks(totals).tolist()
         if step % config.train.log_every == 0:  # else a stop: the next attempt finishes the window
             self.loss_sum.zero_()
@@ -85,7 +99,8 @@ class StepReport:
             "eta_s": (self._total_steps - step) * speed["step_seconds"],
             "epoch": step * config.train.global_batch_size / config.epoch_size(self._num_samples),
             **speed,
-            **(slowest(found[head:]) if world > 1 else {}),
+            **{f"loss_{name}": value / world for name, value in zip(names, found[head + world :], strict=True)},
+            **(slowest(found[head : head + world]) if world > 1 else {}),
             **{
                 f"weight_norm_{stage}": value**0.5 for stage, value in zip(PARAMETER_STAGES, found[2:head], strict=True)
             },
@@ -100,6 +115,7 @@ class StepReport:
         if config.train.precision == "fp16":
             record["skipped_steps"] = self._engine.skipped_steps
         self._norms, self._steps = torch.zeros_like(self._norms), 0
+        self._named, self._chunks = {}, 0
         self._log_began, self._window_s = began, sum(parts.values())
         return record
 

@@ -269,7 +269,7 @@ class _Run:
             self.engine.backward(loss)
             self.timer.mark("backward")
             found.append(loss.detach())
-            self.report.loss_sum += found[-1] / self.batch.accumulation_steps
+            self.report.computed(found[-1], losses, self.batch.accumulation_steps)
         return found
 
     def _score(self, figures: Mapping[str, float]) -> float | None:

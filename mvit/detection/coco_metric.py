@@ -1,5 +1,7 @@
 """COCO's metric: box AP and mask AP with all twelve figures each, every image exactly once over all ranks."""
 
+import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ from torch import Tensor
 from data_pipeline.batch import DetectionBatch
 from mvit.detection.detections import Detections
 from mvit.distributed import broadcast_object, gather_on_main
-from mvit.results_file import write_results_file
+from mvit.results_file import write_results_file, write_whole
 
 # In the order of COCOeval's summary. -1 where it is undefined: no object of that size in the whole set.
 FIGURES = (
@@ -47,6 +49,7 @@ class CocoMetric:
         max_missing: so many of its images may be missing: undecodable ones, as `data.max_bad_samples` allows. Objects
             in them are not measured.
         results_file: rank 0 writes the detections there, in COCO's results format.
+        per_class: rank 0 writes a table of the categories there, as CSV.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class CocoMetric:
         truth: Callable[[], Mapping[str, Any]],
         max_missing: int = 0,
         results_file: str | Path | None = None,
+        per_class: Path | None = None,
     ) -> None:
         self._truth = truth
         self._max_missing = max_missing
         self._results_file = None if results_file is None else Path(results_file)
+        self._per_class = per_class
         self._seen: list[int] = []
         self._results: list[dict[str, Any]] = []  # with labels; the categories are known on rank 0
         self._boxes_alone = False
@@ -128,7 +133,10 @@ class CocoMetric:
             "annotations": [row for row in truth["annotations"] if row["image_id"] in seen],
             "categories": truth["categories"],
         }
-        return coco_figures(measured, results, masks=not any(part[2] for part in parts)) | {"images": float(len(seen))}
+        evaluations = _evaluations(measured, results, masks=not any(part[2] for part in parts))
+        if self._per_class is not None:
+            write_whole(self._per_class, category_table(measured, evaluations).encode())
+        return _figures(evaluations) | {"images": float(len(seen))}
 
     def _check_images(self, seen: Counter[int], expected: set[int]) -> None:
         repeated = sorted(image for image, count in seen.items() if count > 1)
@@ -152,7 +160,46 @@ def coco_figures(
     truth: a COCO data set: images, annotations, categories. results: in COCO's results format. masks: measure
     them too, which truth and results must all have.
     """
-    figures: dict[str, float] = {}
+    return _figures(_evaluations(truth, results, masks=masks))
+
+
+def _figures(evaluations: Mapping[Kind, COCOeval_faster]) -> dict[str, float]:
+    return {
+        f"{kind}_{name}": float(value)
+        for kind, evaluation in evaluations.items()
+        for name, value in zip(FIGURES, evaluation.stats, strict=True)
+    }
+
+
+def category_table(truth: Mapping[str, Any], evaluations: Mapping[Kind, COCOeval_faster]) -> str:
+    """Return AP and AP50 of each category as CSV, with the number of its objects (crowds not counted).
+
+    An AP is empty where the set has no object of the category.
+    """
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["id", "name", "objects", *(f"{kind}_{name}" for kind in evaluations for name in ("ap", "ap50"))])
+    objects = Counter(row["category_id"] for row in truth["annotations"] if not row["iscrowd"])
+    for category in truth["categories"]:
+        figures = [each for evaluation in evaluations.values() for each in _category_ap(evaluation, category["id"])]
+        out.writerow([category["id"], category["name"], objects[category["id"]], *figures])
+    return text.getvalue()
+
+
+def _category_ap(evaluation: COCOeval_faster, category: int) -> tuple[str, str]:
+    """Return a category's AP and AP50, of all sizes and with the most detections a picture."""
+    place = list(evaluation.params.catIds).index(category)
+    # overlaps x recalls, -1 where the category has no object
+    precision = np.asarray(evaluation.eval["precision"])[:, :, place, 0, -1]
+    shares = [rows[rows > -1] for rows in (precision, precision[:1])]
+    return tuple(f"{share.mean():.4f}" if share.size else "" for share in shares)  # pyright: ignore[reportReturnType]
+
+
+def _evaluations(
+    truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, masks: bool
+) -> dict[Kind, COCOeval_faster]:
+    """Run COCOeval on boxes, and on masks."""
+    found: dict[Kind, COCOeval_faster] = {}
     kinds: tuple[tuple[Kind, str], ...] = (("box", "bbox"), ("mask", "segm"))
     for kind, iou_type in kinds[: 2 if masks else 1]:
         # A result's area is its mask's in the evaluation of masks and its box's in that of boxes (as detectron2 does;
@@ -163,8 +210,8 @@ def coco_figures(
         known = COCO({"info": {}, **fresh})
         evaluation = COCOeval_faster(known, known.loadRes(rows), iou_type, print_function=lambda *_: None)
         evaluation.run()
-        figures |= {f"{kind}_{name}": float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
-    return figures
+        found[kind] = evaluation
+    return found
 
 
 def _encode(found: Detections) -> list[Rle]:

@@ -1,6 +1,7 @@
 """Detection and instance segmentation: MViTv2 with a feature pyramid and (Cascade) Mask R-CNN (paper section 5.2)."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from data_pipeline.batch import DetectionBatch
 from data_pipeline.detection import DetectionTransform, collate_detections, ground_truth
 from data_pipeline.mixup import normalize_pixels
 from data_pipeline.shards import open_shards
+from mvit.class_names import class_names
 from mvit.config import ConfigError, RunConfig
 from mvit.detection.boxes import Target
 from mvit.detection.coco_metric import CocoMetric
@@ -122,12 +124,17 @@ class Detection:
     def metric(self, device: torch.device, reports: Reports | None = None) -> CocoMetric:
         del device
         reports = reports or Reports()
-        if reports.per_class is not None or reports.confusion is not None or reports.labels is not None:
+        if reports.confusion is not None or reports.labels is not None:
             raise ConfigError(
-                "a detector has no table of classes, no confusion image and no other labels; leave per_class, "
-                "confusion and labels out, and take `results`, which COCO's tools read"
+                "a detector has no confusion image and no other labels; leave confusion and labels out, and take "
+                "per_class, a table of the categories, or results, which COCO's tools read"
             )
-        return CocoMetric(self._truth, max_missing=self._config.data.max_bad_samples, results_file=reports.results)
+        return CocoMetric(
+            self._truth,
+            max_missing=self._config.data.max_bad_samples,
+            results_file=reports.results,
+            per_class=reports.per_class,
+        )
 
     def _truth(self) -> dict[str, Any]:
         """Read the objects of the validation set; rank 0 alone asks, when everything has been predicted."""
@@ -148,7 +155,7 @@ class Detection:
         del seed
         masks = batch.masks or (None,) * len(batch)
         rows = list(zip(batch.images, batch.boxes, batch.labels, masks, strict=True))[:limit]
-        return torch.stack([draw_objects(*row) for row in rows]).float() / 255
+        return torch.stack([draw_objects(*row, names=self._names) for row in rows]).float() / 255
 
     def show(self, predictions: Sequence[Detections], batch: DetectionBatch, *, limit: int) -> Tensor:
         """Return pictures with what was found on the left and the truth on the right."""
@@ -158,9 +165,15 @@ class Detection:
         for found, image, boxes, labels, true_masks in islice(rows, limit):
             sure = found.scores >= _SHOWN_SCORE
             pasted = None if found.masks is None else found.pasted()[sure]
-            drawn = draw_objects(image, found.boxes[sure], found.labels[sure], pasted, found.scores[sure])
-            shown.append(torch.cat((drawn, draw_objects(image, boxes, labels, true_masks)), dim=2))
+            drawn = draw_objects(image, found.boxes[sure], found.labels[sure], pasted, found.scores[sure], self._names)
+            true = draw_objects(image, boxes, labels, true_masks, names=self._names)
+            shown.append(torch.cat((drawn, true), dim=2))
         return torch.stack(shown).float() / 255
+
+    @cached_property
+    def _names(self) -> Sequence[str]:
+        """Names of the categories, or their numbers where the data does not tell."""
+        return class_names(self._config).names
 
     def _normalised(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         return normalize_pixels(images, self._inputs).to(dtype)

@@ -214,7 +214,7 @@ def test_what_is_no_annotated_picture_is_a_bad_sample() -> None:
     with pytest.raises(DecodeError, match=r"mask of annotation 3: .*Invalid RLE"):
         transform(broken, 0)
     bare = sample([Annotation(1, 0, (1, 1, 5, 5), False, 25, None)])
-    with pytest.raises(DecodeError, match=r"have no mask, e\.g\. 1; train boxes alone with masks=false"):
+    with pytest.raises(DecodeError, match=r"have no mask, e\.g\. 1; for boxes alone set detection\.masks=false and"):
         transform(bare, 0)
     assert len(DetectionTransform(small(masks=False), train=False)(bare, 0).boxes) == 1
 

@@ -112,6 +112,10 @@ def test_a_detection_run_is_the_same_at_every_stage_and_after_a_kill(shapes: Pat
     assert [lr for _, _, lr, _ in expected] == pytest.approx(
         [1e-8, (1e-8 + peak) / 2, *[peak] * 8, *[peak / 10] * 5, *[peak / 100] * 5]
     )
+    for record in records(whole.run_dir):
+        parts = {key: value for key, value in record.items() if key.startswith("loss_")}
+        assert len(parts) == 5, parts.keys()
+        assert sum(parts.values()) == pytest.approx(record["loss"], rel=1e-5)
     for other in others:
         assert [loss for _, loss, *_ in losses(other)] == pytest.approx([x for _, x, *_ in expected], rel=1e-4), other
     assert all(loss < 20 for _, loss, *_ in losses(cascade))
@@ -126,7 +130,7 @@ def test_a_detection_run_is_the_same_at_every_stage_and_after_a_kill(shapes: Pat
     events = EventAccumulator(str(whole.run_dir / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["images"]) == {"inputs/augmented", "validation/predictions"}
-    assert "validation/box_ap50" in events.Tags()["scalars"]
+    assert {"validation/box_ap50", "train/loss_rpn_objectness"} <= set(events.Tags()["scalars"])
     figures = mvit.evaluate(whole, whole.run_dir, show_progress=False)
     assert figures["images"] == NUM_VALIDATION
     last = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]

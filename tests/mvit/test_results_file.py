@@ -1,6 +1,7 @@
 """The file of `mvit evaluate --results`: what others read from it agrees with the figures we print."""
 
 import contextlib
+import csv
 import io
 import json
 from collections.abc import Sequence
@@ -69,11 +70,20 @@ def test_pycocotools_reads_the_file_and_finds_the_figures_that_were_printed(
     recipe, results, truth = (tmp_path / name for name in ("recipe.yaml", "out/results.json", "truth.json"))
     recipe.write_text(config.to_yaml())
     words = ["--weights", str(config.run_dir / "checkpoints" / "step_00000001"), "--results", str(results)]
+    words += ["--per-class", str(tmp_path / "classes.csv")]
     assert main(["evaluate", str(recipe), *words, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert 0.1 < figures["mask_ap"] < figures["box_ap50"] < 1
     shards = open_shards(tmp_path / "shards", required=DETECTION_MEMBERS)
     truth.write_text(json.dumps({"info": {}} | ground_truth(shards, config.model.num_classes)))
+
+    with open(tmp_path / "classes.csv") as file:
+        table = list(csv.DictReader(file))
+    for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50"):  # the figure is the mean of the categories that occur
+        known = [float(row[name]) for row in table if row[name]]
+        assert sum(known) / len(known) == pytest.approx(figures[name], abs=1e-4)
+    assert [row["id"] for row in table] == ["1", "2"]
+    assert sum(int(row["objects"]) for row in table) > 0
 
     box = _by_pycocotools(truth, results, "bbox")
     assert box == pytest.approx([figures[f"box_{name}"] for name in FIGURES], abs=1e-6)
