@@ -28,7 +28,7 @@ demo-detection: setup
 
 # Two workers (tests/conftest.py says who does what); plain `pytest` runs all in one process.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -4,32 +4,39 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 import torch.distributed as dist
+from xdist.scheduler import LoadScopeScheduling
 
 from mvit import distributed
 
 torch.set_num_threads(1)
+_SLURM = Path(__file__).parent / "slurm"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; its children would ignore Ctrl-C, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the Slurm tests and keep what shares fixtures together, for runs on several workers (`make test`).
+    """Begin with the Slurm tests, which take longest, on several workers (`make test`)."""
+    items.sort(key=lambda item: not item.path.is_relative_to(_SLURM))  # stable: the order of the others stays
 
-    Slurm's tests wait most of the time; there is one cluster a machine, so one worker has them all, while the other
-    does the rest file by file.
-    """
-    slurm = Path(__file__).parent / "slurm"
-    items.sort(key=lambda item: not item.path.is_relative_to(slurm))  # stable: the order of the others stays
-    for item in items:
-        group = "slurm" if item.path.is_relative_to(slurm) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+class _ByFile(LoadScopeScheduling):
+    """Gives a worker whole files, and all Slurm tests to one: there is one cluster a machine, and they mostly wait."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "slurm" if "tests/slurm/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Share the tests out by `_ByFile`; xdist's own groups (3.8) are lost under pytest 9.2."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
