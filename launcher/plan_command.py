@@ -27,6 +27,8 @@ def add_plan(group: "argparse._SubParsersAction") -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of one node (8)")
     text = "training samples (those of the recipe's shards, or the published number of a public data set)"
     parser.add_argument("--samples", type=int, metavar="N", help=text)
+    text = "of a recipe with phases: which one, from 1 (1); its hours are those of a whole run of it"
+    parser.add_argument("--phase", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--all", action="store_true", help="show every setting, not the best of each kind")
     add_json(parser)
     add_recipe(parser)
@@ -38,17 +40,28 @@ def show_plan(args: Namespace) -> int:
 
     refuse_missing(args.recipe)
     import mvit
+    from mvit.config import ConfigError
+    from mvit.phases import phase_configs
     from mvit.planner import plan
 
+    phases = phase_configs(mvit.load_config(args.recipe, args.overrides))
+    if not 1 <= args.phase <= len(phases):
+        raise ConfigError(
+            f"--phase {args.phase}: the recipe has {len(phases)} phase(s); choose from 1 to {len(phases)}"
+        )
     made = plan(
-        mvit.load_config(args.recipe, args.overrides),
+        phases[args.phase - 1],
         args.gpus,
         args.gpu_memory_gib,
         args.gpu,
         gpus_per_node=args.gpus_per_node,
         samples=args.samples,
     )
-    print(json.dumps(made.as_dict()) if args.json else "\n".join(_lines(made, show_all=args.all)))
+    lines = _lines(made, show_all=args.all)
+    if len(phases) > 1:
+        keys = "train.*" if args.phase == 1 else f"phases.{args.phase - 2}.*"
+        lines.append(f"note: this is phase {args.phase} of {len(phases)}; its settings are {keys}")
+    print(json.dumps(made.as_dict()) if args.json else "\n".join(lines))
     return 0 if made.chosen is not None else 1
 
 

@@ -222,7 +222,7 @@ def _check(config: RunConfig, gpus: int, gpu_memory_gib: float, gpu: str, gpus_p
         raise ConfigError(
             "task = detection: a detector's memory and time depend on the sizes of its pictures and on how many "
             "regions it looks at, which no plan knows; `mvit plan` is for the classification tasks. "
-            "docs/detection.md has measured figures"
+            "docs/detection.md has the published figures"
         )
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: unknown; choose from {', '.join(GPUS)}")

@@ -52,3 +52,18 @@ def test_an_impossible_number_of_gpus_is_one_message(capsys: pytest.CaptureFixtu
     captured = capsys.readouterr()
     assert "64 / 7 = 9.143; choose --gpus one of 2, 4, 8, 16" in captured.err
     assert "choose --gpus" in json.loads(captured.out)["error"]
+
+
+def test_each_phase_is_planned_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "rising.yaml"
+    recipe.write_text(f"base: {DIGITS}\nphases: [{{from_epoch: 12, image_size: [64, 64]}}]\n")
+    words = ["plan", str(recipe), "--gpus", "2", "--gpu-memory-gib", "16", "--samples", "1442"]
+    needed = []
+    for phase in ("1", "2"):
+        assert main([*words, "--phase", phase, "--json"]) == 0
+        needed.append(json.loads(capsys.readouterr().out)["recipe_setting"]["memory"]["activations"])
+    assert needed[1] > 3 * needed[0], "four times the pixels"
+    assert main([*words, "--phase", "2"]) == 0
+    assert "note: this is phase 2 of 2; its settings are phases.0.*" in capsys.readouterr().out
+    assert main([*words, "--phase", "3"]) == 1
+    assert "--phase 3: the recipe has 2 phase(s)" in capsys.readouterr().err
