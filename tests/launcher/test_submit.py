@@ -33,7 +33,9 @@ SLURM = {
     "env": {"NCCL_DEBUG": "WARN two"},
     "sbatch": {"exclusive": True, "mail-type": "END"},
 }
-RECIPES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "cluster")
+RECIPES = sorted(
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name not in ("cluster", "published")
+)
 DRY_RUN = ("submit", "recipe.yaml", "--cluster", "slurm.yaml", "--dry-run")
 
 

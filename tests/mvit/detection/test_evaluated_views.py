@@ -177,7 +177,17 @@ def test_the_best_row_is_a_matter_of_the_command_line(
     picture.write_bytes(png(pixels(0)))
 
     def best(*extra: str) -> float:
-        asked = ["predict", str(picture), "--weights", words[3], "--score", "0", "--out", str(tmp_path / "out")]
+        asked = [
+            "predict",
+            str(picture),
+            "--weights",
+            words[3],
+            "--score",
+            "0",
+            "--overwrite",
+            "--out",
+            str(tmp_path / "out"),
+        ]
         assert main([*asked, "--json", *extra]) == 0
         return json.loads(capsys.readouterr().out)["results"][0]["objects"][0]["score"]
 
