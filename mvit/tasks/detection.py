@@ -103,9 +103,9 @@ class Detection:
         if batch.all_views is None:
             found: list[Detections] = []
             unit = self._inputs.size_divisibility
-            for image, (height, width) in zip(batch.images, batch.sizes.tolist(), strict=True):
+            for image, size, (height, width) in zip(batch.images, batch.sizes, batch.sizes.tolist(), strict=True):
                 padded = image[None, :, : height + -height % unit, : width + -width % unit]
-                found += model(self._normalised(padded, dtype), [(height, width)])
+                found += model(self._normalised(padded, dtype), size[None])
             return found
         assert isinstance(model, Detector)  # an engine has no need of it: evaluations in training are plain
         rows = zip(batch.views, batch.original_sizes.tolist(), strict=True)

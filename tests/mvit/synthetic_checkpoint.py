@@ -17,6 +17,19 @@ from mvit.tasks import create_task
 PIECE = 1 << 20  # numbers made at once
 SCALE = 0.02
 
+DETECTOR = {
+    "kind": "mask_rcnn",
+    "window_size": 8,
+    "pyramid_channels": 16,
+    "box_features": 32,
+    "mask_channels": 16,
+    "proposals_before_nms_test": 50,
+    "proposals_after_nms": 20,
+    "score_threshold": 0.0,
+    "detections_per_image": 5,
+}
+"""Of a detector small enough for tests, whose every find counts."""
+
 
 def untrained(folder: Path, name: str = "run", image_size: tuple[int, int] = (32, 32), **model: Any) -> RunConfig:
     """Return the config of a run that consists of one checkpoint of made-up weights."""

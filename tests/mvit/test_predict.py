@@ -26,20 +26,9 @@ from mvit.tasks import create_task
 from tests.data_pipeline.clips import clip
 from tests.data_pipeline.pictures import encoded
 from tests.data_pipeline.scenes import coco_set, sample
-from tests.mvit.synthetic_checkpoint import untrained, write_checkpoint
+from tests.mvit.synthetic_checkpoint import DETECTOR, untrained, write_checkpoint
 
 TINY = {"num_classes": 10, "embed_dim": 16, "depths": (1, 1, 1, 1)}
-DETECTOR = {
-    "kind": "mask_rcnn",
-    "window_size": 8,
-    "pyramid_channels": 16,
-    "box_features": 32,
-    "mask_channels": 16,
-    "proposals_before_nms_test": 50,
-    "proposals_after_nms": 20,
-    "score_threshold": 0.0,
-    "detections_per_image": 5,
-}
 
 
 @pytest.fixture

@@ -152,5 +152,7 @@ def test_no_operation_of_a_step_synchronises_a_gpu(input_size: tuple[int, ...]) 
     torch.cuda.set_sync_debug_mode("error")
     try:
         step().backward()
+        with pytest.raises(RuntimeError, match="synchroniz"):  # the watch itself works
+            torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -22,7 +22,7 @@ from mvit.detection.multi_scale import View, detect_in_views
 from mvit.tasks import create_task
 from tests.data_pipeline.pictures import pixels, write_shards
 from tests.data_pipeline.scenes import scene
-from tests.mvit.synthetic_checkpoint import write_checkpoint
+from tests.mvit.synthetic_checkpoint import DETECTOR, write_checkpoint
 
 SIZES = ((60, 80), (80, 60), (64, 64), (50, 90), (61, 77))
 SEVERAL = {"test_short_sides": (48, 64, 80), "test_flip": True}
@@ -39,17 +39,7 @@ def detector_config(folder: Path, **sections: Any) -> RunConfig:
         "model": {"num_classes": 2, "embed_dim": 16, "depths": (1, 1, 1, 1)},
         "data": {"validation": str(folder / "shards"), "num_workers": 0},
         "detection": {"test_short_side": 64, "test_max_side": 128},
-        "detector": {
-            "kind": "mask_rcnn",
-            "window_size": 8,
-            "pyramid_channels": 16,
-            "box_features": 32,
-            "mask_channels": 16,
-            "proposals_before_nms_test": 50,
-            "proposals_after_nms": 20,
-            "score_threshold": 0.0,
-            "detections_per_image": 5,
-        },
+        "detector": DETECTOR,
         "train": {"precision": "fp32", "evaluation_batch_size": 2},
     }
     for section, values in sections.items():
